@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -119,5 +120,190 @@ class WorldConfig:
                  f"needs 0 <= min_objects <= max_objects <= 9, got {self.min_objects} and {self.max_objects}")
 
 
-def load(path: str | Path, overrides: list[str] = ()) -> Any:
-    raise NotImplementedError
+@dataclass(kw_only=True)
+class DataConfig:
+    source: Literal["world", "folder"] = "world"
+    path: str = ""  # folder of videos with captions: a .txt beside each video, or captions.csv (columns file, caption)
+    clips: int = 0  # world: number of different clips; 0 = never the same clip twice
+    base_fps: float = 8.0  # the rate at which neighbouring frames are one temporal position apart
+    caption_dropout: float = 0.1  # share of samples trained on the empty caption, drawn per sample
+    workers: int = 0  # loader processes; 0 = load in the training process
+    world: WorldConfig = field(default_factory=WorldConfig)
+
+    def __post_init__(self):
+        _require(self.source != "folder" or bool(self.path), "data.path", "source = folder needs the folder of videos")
+        _require(self.clips >= 0, "data.clips", f"must be at least 0, got {self.clips}")
+        _require(self.base_fps > 0, "data.base_fps", f"must be above 0, got {self.base_fps}")
+        _require(0 <= self.caption_dropout <= 1, "data.caption_dropout", f"must be between 0 and 1, got {self.caption_dropout}")
+        _require(self.workers >= 0, "data.workers", f"must be at least 0, got {self.workers}")
+
+
+@dataclass(kw_only=True)
+class StageConfig:
+    """One stretch of training at one clip shape. Stages run in order; weights, EMA and optimizer state carry over."""
+
+    steps: int = 1000
+    frames: int = 16  # 1 = images
+    height: int = 64  # pixels
+    width: int = 64
+    batch_size: int = 8  # clips an update sees, over all processes and micro-batches
+    fps: list[float] = field(default_factory=lambda: [8.0])  # each clip draws one of these rates
+
+    def __post_init__(self):
+        for name in ("steps", "frames", "height", "width", "batch_size"):
+            _require(getattr(self, name) >= 1, f"stages.{name}", f"must be at least 1, got {getattr(self, name)}")
+        _require(bool(self.fps) and min(self.fps) > 0, "stages.fps", f"needs one or more rates above 0, got {self.fps}")
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    learning_rate: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 100
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # after warm-up, over the steps of all stages
+    grad_clip: float = 1.0  # largest global L2 norm of the gradient; 0 = never clip
+    ema_decay: float = 0.999  # reached gradually: the decay of update n is at most (1 + n) / (10 + n)
+
+    def __post_init__(self):
+        _require(self.learning_rate > 0, "optim.learning_rate", f"must be above 0, got {self.learning_rate}")
+        _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "optim.betas", f"needs two numbers in [0, 1), got {self.betas}")
+        _require(self.warmup_steps >= 0, "optim.warmup_steps", f"must be at least 0, got {self.warmup_steps}")
+        _require(self.grad_clip >= 0, "optim.grad_clip", f"must be at least 0, got {self.grad_clip}")
+        _require(0 <= self.ema_decay < 1, "optim.ema_decay", f"must be in [0, 1), got {self.ema_decay}")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    micro_batches: int = 1  # a batch is split into this many backward passes; the update stays the same
+    compile: bool = False  # torch.compile each block; needs a C++ compiler on CPU
+    log_every_steps: int = 10
+    save_every_steps: int = 500
+    keep_checkpoints: int = 2  # older ones are deleted
+    trackers: list[str] = field(default_factory=list)  # of wandb, tensorboard; metrics.jsonl is always written
+    project: str = "latte"  # tracker project
+
+    def __post_init__(self):
+        for name in ("micro_batches", "log_every_steps", "save_every_steps", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, f"train.{name}", f"must be at least 1, got {getattr(self, name)}")
+        unknown = set(self.trackers) - {"wandb", "tensorboard"}
+        _require(not unknown, "train.trackers", f"knows wandb and tensorboard, got {sorted(unknown)}")
+
+
+@dataclass(kw_only=True)
+class PreviewConfig:
+    """Videos sampled from the EMA weights during training and at its end; judged when the data is the embedded world."""
+
+    every_steps: int = 0  # 0 = only after the last step
+    prompts: list[str] = field(default_factory=list)  # further prompts are captions of held-out scenes
+    count: int = 4  # prompts in all; 0 = no previews
+    frames: int = 0  # 0 = as many as the stage being trained
+
+    def __post_init__(self):
+        for name in ("every_steps", "count", "frames"):
+            _require(getattr(self, name) >= 0, f"preview.{name}", f"must be at least 0, got {getattr(self, name)}")
+
+
+@dataclass(kw_only=True)
+class Config:
+    run: str = "out/run"  # the run's folder; the same command again resumes from it
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    stages: list[StageConfig] = field(default_factory=lambda: [StageConfig()])
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+
+    def __post_init__(self):
+        _require(bool(self.stages), "stages", "needs at least one stage")
+        learned = self.model.out_channels == 2 * self.model.in_channels
+        _require(not learned or self.diffusion.kind == "ddpm", "model.out_channels",
+                 "a learned variance belongs to diffusion.kind = ddpm; with flow set it to model.in_channels")
+        for index, stage in enumerate(self.stages):
+            _require(stage.batch_size % self.train.micro_batches == 0, f"stages.{index}.batch_size",
+                     f"must divide by train.micro_batches ({self.train.micro_batches}), got {stage.batch_size}")
+            _require(self.codec.kind != "pixels" or stage.height % self.model.patch_size == stage.width % self.model.patch_size == 0,
+                     f"stages.{index}.height", f"height and width must divide by model.patch_size ({self.model.patch_size})")
+
+    @property
+    def total_steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    def stage_at(self, step: int) -> int:
+        """Index of the stage that update `step` (from 0) belongs to; the last one for steps beyond the end."""
+        for index, stage in enumerate(self.stages):
+            if step < stage.steps:
+                return index
+            step -= stage.steps
+        return len(self.stages) - 1
+
+
+def load(path: str | Path, overrides: list[str] = ()) -> Config:
+    """The configuration in a YAML file, with `section.key=value` overrides laid over it.
+
+    Raises ValueError naming the dotted key for an unknown key (with the nearest known one), a value of the wrong type or a
+    value out of range, and naming the file when it is missing or is no YAML mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such config file")
+    try:
+        read = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    if not OmegaConf.is_dict(read):
+        raise ValueError(f"{path}: must hold sections such as model: and stages:")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"{override}: an override looks like section.key=value")
+        try:
+            OmegaConf.update(read, key, OmegaConf.create(f"value: {value}").value, force_add=True)
+        except (OmegaConfBaseException, yaml.YAMLError, AttributeError) as error:
+            raise ValueError(f"{key}: cannot be set to {value!r}: {str(error).splitlines()[0]}") from None
+    return from_dict(OmegaConf.to_container(read))
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The Config that nested dictionaries describe, such as those of a checkpoint. Raises ValueError like `load`."""
+    _refuse_unknown_keys(Config, values, "")
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        raise ValueError(f"{key + ': ' if key else ''}{str(error).splitlines()[0]}") from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested dictionaries of plain values, the inverse of `from_dict`."""
+    return dataclasses.asdict(config)
+
+
+def save(config: Config, path: str | Path) -> None:
+    """Writes the resolved configuration as YAML."""
+    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+
+
+def _refuse_unknown_keys(kind: type, values: Any, prefix: str) -> None:
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix.rstrip('.')}: must be a section with keys, got {values!r}")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key, value in values.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
+            raise ValueError(f"{prefix}{key}: unknown key; did you mean {prefix}{near[0]}?")
+        inner = fields[key].type
+        if dataclasses.is_dataclass(inner):
+            _refuse_unknown_keys(inner, value, f"{prefix}{key}.")
+        elif inner == list[StageConfig]:
+            if not isinstance(value, list):
+                raise ValueError(f"{prefix}{key}: must be a list of stages, got {value!r}")
+            for index, stage in enumerate(value):
+                _refuse_unknown_keys(StageConfig, stage, f"{prefix}{key}.{index}.")
