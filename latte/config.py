@@ -110,6 +110,7 @@ class WorldConfig:
     min_objects: int = 0
     max_objects: int = 3  # up to 9
     motions: list[str] = field(default_factory=lambda: ["linear", "circle", "stop-go", "sequence", "still"])
+    speeds: list[str] = field(default_factory=lambda: ["slow", "fast"])  # 0.05 and 0.1 frame heights a second
     visibility: bool = True  # some objects appear or vanish during the clip
     growth: bool = True  # some objects grow or shrink
     cameras: list[str] = field(default_factory=lambda: ["static", "pan-left", "pan-right", "tilt-up", "tilt-down",
