@@ -1,0 +1,184 @@
+"""Checkpoints: folders of safetensors and one state.json, written beside their place and renamed into it.
+
+    step-00000500/  model.safetensors  ema.safetensors  optimizer.safetensors  state.json
+
+state.json holds the step (which is the data position too: order and randomness are functions of it), the resolved config,
+library versions and the SHA-256 of every other file. A checkpoint to share holds ema.safetensors and state.json alone.
+Nothing in a checkpoint can run code when it is loaded.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from latte import config
+from latte.optim import EMA
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: Path
+    step: int  # updates done
+    config: config.Config
+    files: dict[str, str]  # name -> SHA-256
+
+
+def save(run: Path, step: int, cfg: config.Config, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, keep: int) -> Path:
+    """Writes run/step-XXXXXXXX, then deletes all but the newest `keep` checkpoints. Returns its path.
+
+    Raises OSError with the path when it cannot be written; older checkpoints are then untouched.
+    """
+    tensors = {
+        "model.safetensors": dict(model.named_parameters()),
+        "ema.safetensors": ema.weights,
+        "optimizer.safetensors": _optimizer_tensors(model, optimizer),
+    }
+    path = write(Path(run) / f"step-{step:08d}", step, cfg, tensors)
+    for old in _all(run)[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+def write(path: Path, step: int, cfg: config.Config, tensors: dict[str, dict[str, torch.Tensor]]) -> Path:
+    """Writes a checkpoint folder of the given safetensors files, beside `path` first. Replaces what is there."""
+    beside = path.with_name(f"{path.name}.writing")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        for name, values in tensors.items():
+            save_file({k: v.detach().cpu().contiguous() for k, v in values.items()}, beside / name)
+        state = {"format": FORMAT, "step": step, "files": {name: _sha256(beside / name) for name in tensors},
+                 "config": config.to_dict(cfg), "versions": versions()}
+        (beside / "state.json").write_text(json.dumps(state, indent=1))
+        for file in beside.iterdir():
+            _sync(file)
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(beside, path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise OSError(f"{path}: the checkpoint could not be written ({error}); earlier checkpoints are untouched") from error
+    return path
+
+
+def latest(run: str | Path) -> Path | None:
+    """The newest complete checkpoint in a run's folder, or None."""
+    found = _all(Path(run))
+    return found[-1] if found else None
+
+
+def read(path: str | Path) -> Checkpoint:
+    """Opens a checkpoint folder, or the newest checkpoint of a run's folder, and checks its files' hashes.
+
+    Raises ValueError naming the path when there is none or a file is missing or damaged.
+    """
+    path = Path(path)
+    if not (path / "state.json").is_file():
+        newest = latest(path)
+        if newest is None:
+            raise ValueError(f"{path}: no checkpoint here; expected a folder with state.json, or a run's folder with step-* in it")
+        path = newest
+    try:
+        state = json.loads((path / "state.json").read_text())
+        step, files, values = state["step"], state["files"], state["config"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path / 'state.json'}: damaged checkpoint ({error!r})") from None
+    for name, digest in files.items():
+        if not (path / name).is_file():
+            raise ValueError(f"{path / name}: missing from the checkpoint")
+        if _sha256(path / name) != digest:
+            raise ValueError(f"{path / name}: damaged, its SHA-256 is not the one in state.json")
+    return Checkpoint(path, step, config.from_dict(values), files)
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, checkpoint: Checkpoint, name: str = "ema.safetensors") -> None:
+    """Copies one weights file into a model, converting to its dtype. Raises ValueError when names or shapes differ."""
+    _copy(dict(model.named_parameters()), _tensors(checkpoint, name), checkpoint.path / name)
+
+
+@torch.no_grad()
+def load(checkpoint: Checkpoint, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> int:
+    """Restores a training state in place and returns the number of updates done. Raises ValueError when it does not fit."""
+    load_weights(model, checkpoint, "model.safetensors")
+    _copy(ema.weights, _tensors(checkpoint, "ema.safetensors"), checkpoint.path / "ema.safetensors")
+    names = {id(p): n for n, p in model.named_parameters()}
+    stored: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in _tensors(checkpoint, "optimizer.safetensors").items():
+        name, _, slot = key.rpartition("/")
+        stored.setdefault(name, {})[slot] = value
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if names[id(p)] in stored:
+                slots = stored[names[id(p)]]
+                optimizer.state[p] = {s: v if s == "step" else v.to(p.device) for s, v in slots.items()}
+    return checkpoint.step
+
+
+def weights_sha256(weights: dict[str, torch.Tensor]) -> str:
+    """One hash of named tensors: of names, dtypes, shapes and bytes, in name order."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        value = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.view(torch.uint8).numpy().tobytes() if value.ndim else value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers of a run depend on."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in ("latte", "torch", "numpy", "diffusers", "transformers", "accelerate", "safetensors"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _all(run: Path) -> list[Path]:
+    return sorted(p.parent for p in Path(run).glob("step-*/state.json") if p.parent.suffix != ".writing")
+
+
+def _tensors(checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:
+    if name not in checkpoint.files:
+        raise ValueError(f"{checkpoint.path}: holds no {name}; training resumes only from a whole checkpoint of a run")
+    return load_file(checkpoint.path / name)
+
+
+def _copy(target: dict[str, torch.Tensor], source: dict[str, torch.Tensor], path: Path) -> None:
+    wrong = sorted(set(target) ^ set(source)) or sorted(n for n in target if target[n].shape != source[n].shape)
+    if wrong:
+        raise ValueError(f"{path}: does not fit this model; {len(wrong)} tensors differ in name or shape, first {wrong[0]}")
+    for name, value in source.items():
+        target[name].copy_(value)
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    names = {id(p): n for n, p in model.named_parameters()}
+    return {f"{names[id(p)]}/{slot}": torch.as_tensor(value) for p, slots in optimizer.state.items() for slot, value in slots.items()}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,111 @@
+"""Samples videos from a checkpoint:  python sample.py CHECKPOINT --prompt "..." [--out clip.mp4] [--frames 128] [--seed 0]
+
+CHECKPOINT is a checkpoint folder or a training run's folder. Writes for every prompt an H.264 mp4, a contact sheet beside it
+(.png) and a JSON with all that reproduces it (.json). The model's config comes from the checkpoint.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from latte import checkpoint, pipeline, video
+from latte.world.caption import parse
+from latte.world.judge import judge
+
+
+def prompts_of(args: argparse.Namespace) -> list[str]:
+    """The prompts asked for, from --prompt or the lines of --prompts. Raises ValueError when there is none or one is empty."""
+    if args.prompts:
+        if not Path(args.prompts).is_file():
+            raise ValueError(f"--prompts: no such file: {args.prompts}")
+        prompts = [line.strip() for line in Path(args.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+    else:
+        prompts = [args.prompt.strip()]
+    if not prompts or not all(prompts):
+        raise ValueError("the prompt is empty; say what the video should show, such as --prompt \"a small red circle moves to the left\"")
+    return prompts
+
+
+def run(args: argparse.Namespace) -> int:
+    prompts = prompts_of(args)
+    for name in ("frames", "fps", "scale"):
+        if getattr(args, name) <= 0:
+            raise ValueError(f"--{name}: must be above 0, got {getattr(args, name)}")
+    device = torch.device(args.device)
+    found = checkpoint.read(args.checkpoint)
+    pipe = pipeline.load(found.path, device)
+    stage = found.config.stages[-1]
+    height, width = args.height or stage.height, args.width or stage.width
+    changed = {name: getattr(args, name) for name in ("steps", "guidance") if getattr(args, name) is not None}
+    settings = dataclasses.replace(found.config.sampler, **changed, **({"name": args.sampler} if args.sampler else {}))
+
+    for index, prompt in enumerate(prompts):
+        out = Path(args.out) if len(prompts) == 1 else Path(args.out).with_name(f"{Path(args.out).stem}-{index:04d}.mp4")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        seed = args.seed + index
+        with tqdm(total=settings.steps, desc=f"sampling {args.frames} frames", unit="step") as bar:
+            clip = pipe([prompt], [seed], args.frames, height, width, args.fps, settings,
+                        progress=lambda done, _steps, bar=bar: bar.update(done - bar.n))[0]
+        record = {"prompt": prompt, "seed": seed, "frames": args.frames, "fps": args.fps, "height": height, "width": width,
+                  "scale": args.scale, "sampler": dataclasses.asdict(settings), "checkpoint": str(args.checkpoint),
+                  "checkpoint_step": found.step, "ema_sha256": found.files["ema.safetensors"], "versions": checkpoint.versions()}
+        print(f"prompt:  {prompt}")
+        if found.config.data.source == "world":
+            record["judge"] = verdict = _verdict(clip, prompt, args.fps)
+            print(f"judge:   {_in_words(verdict)}")
+        shown = clip.repeat(args.scale, axis=1).repeat(args.scale, axis=2)
+        video.write(out, shown, args.fps)
+        video.contact_sheet(shown, out.with_suffix(".png"))
+        out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+        print(f"video:   {out} ({args.frames} frames, {args.fps:g} fps, {args.frames / args.fps:.1f} s), {out.with_suffix('.png').name}, "
+              f"{out.with_suffix('.json').name}")
+    return 0
+
+
+def _verdict(clip: np.ndarray, prompt: str, fps: float) -> dict:
+    """What the embedded world's judge says of a clip, or why it cannot judge this prompt."""
+    try:
+        return judge(clip, parse(prompt), fps).to_json()
+    except ValueError as error:
+        return {"not judged": str(error)}
+
+
+def _in_words(verdict: dict) -> str:
+    if "not judged" in verdict:
+        return f"not judged: {verdict['not judged']}"
+    scores = ", ".join(f"{name} {value:.2f}" for name, value in verdict["scores"].items())
+    return f"{'PASS' if verdict['joint'] else 'FAIL'} ({scores})"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a checkpoint folder or a run's folder")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt")
+    what.add_argument("--prompts", metavar="FILE", help="a text file with one prompt a line")
+    parser.add_argument("--out", default="out/sample.mp4", help="with several prompts: -0000, -0001, ... before the suffix")
+    parser.add_argument("--frames", type=int, default=128)
+    parser.add_argument("--fps", type=float, default=8.0)
+    parser.add_argument("--height", type=int, help="pixels; default: as trained last")
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--scale", type=int, default=1, help="enlarge the written video this many times, for viewing")
+    parser.add_argument("--sampler", choices=["euler", "heun", "ddim", "ddpm", "dpmpp_2m"])
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--seed", type=int, default=0, help="of the first prompt; the next ones count on")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return run(parser.parse_args(argv))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

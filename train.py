@@ -1,0 +1,251 @@
+"""Trains Latte from a config:  accelerate launch train.py configs/NAME.yaml [section.key=value ...] [--dry-run]
+
+The same command again resumes from the run's newest checkpoint. What an update sees (clips, order, noise, timesteps, dropped
+captions) is a function of the config and the update's number, so a resumed run ends in the weights of an uninterrupted one.
+Letters: b batch, f frames, c channels, h w height and width, l text tokens, d width.
+"""
+
+import argparse
+import contextlib
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from omegaconf import OmegaConf
+
+from latte import checkpoint, config, diffusion, keyed, video
+from latte.codec import VideoCodec
+from latte.data import Batch, FolderClips, make_loader, open_clips
+from latte.model import Latte, flops
+from latte.optim import EMA, lr_at, make_optimizer
+from latte.pipeline import Pipeline
+from latte.runlog import RunLog
+from latte.text import TextEncoder
+from latte.world.caption import caption
+from latte.world.judge import judge
+from latte.world.scene import sample_scene
+
+INTERRUPTED = 130  # exit code after a signal: the state was saved, run the same command again
+
+
+def train(cfg: config.Config) -> int:
+    """Runs or resumes the training that `cfg` describes. Returns the exit code; raises ValueError or OSError with the cause."""
+    accelerator = Accelerator(mixed_precision=cfg.train.mixed_precision, log_with=cfg.train.trackers or None, project_dir=cfg.run)
+    device, rank, ranks = accelerator.device, accelerator.process_index, accelerator.num_processes
+
+    clips = open_clips(cfg.data, cfg.seed, cfg.stages)
+    text, codec = TextEncoder(cfg.text, device), VideoCodec(cfg.codec, device)
+    torch.manual_seed(cfg.seed)  # initial weights only; training draws keyed numbers
+    model = Latte(cfg.model).to(device)
+    optimizer, ema = make_optimizer(model, cfg.optim), EMA(model, cfg.optim.ema_decay)
+
+    start = 0
+    if checkpoint.latest(cfg.run):
+        found = checkpoint.read(cfg.run)
+        start = checkpoint.load(found, model, ema, optimizer)
+    raw, raw_optimizer = model, optimizer
+    if cfg.train.compile:
+        for block in [*raw.spatial_blocks, *raw.temporal_blocks]:
+            block.compile()
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    log = RunLog(cfg, accelerator, start)
+    log.say(f"{cfg.run}: {'update ' + str(start) + ' of' if start else 'starting'} {cfg.total_steps} updates on {ranks} process(es), {device}")
+    if isinstance(clips, FolderClips):
+        log.say(f"{len(clips.clips)} clips" + "".join(f"\nleft out {path}: {why}" for path, why in clips.dropped.items()))
+    stop = _Stop()
+    window = _Window(device)
+
+    for batch in make_loader(clips, cfg.data, cfg.stages, cfg.seed, start, rank, ranks):
+        window.waited()
+        stage, step = cfg.stages[batch.stage], batch.step
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, cfg.optim, cfg.total_steps)
+        for index, part in enumerate(_split(batch, cfg.train.micro_batches)):
+            last = index == cfg.train.micro_batches - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                losses = _losses(part, cfg, model, text, codec, device)
+                # the sum over all parts and processes is the mean over the batch: DDP averages, so ranks multiply
+                accelerator.backward(losses.sum() * (ranks / stage.batch_size))
+                window.loss += losses.detach().sum() * (ranks / stage.batch_size)
+        norm = accelerator.clip_grad_norm_(model.parameters(), cfg.optim.grad_clip or float("inf"))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if not accelerator.optimizer_step_was_skipped:
+            ema.update(raw, step)
+        window.count(stage.batch_size, stage.batch_size * stage.frames)
+        log.step(batch.stage)
+
+        done, final = step + 1, step + 1 == cfg.total_steps
+        signalled = _anywhere(stop.signalled, accelerator)
+        stage_ends = final or cfg.stage_at(done) != batch.stage
+        if done % cfg.train.log_every_steps == 0 or done == 1 or stage_ends or signalled:
+            values = window.close(accelerator)
+            if not np.isfinite(values["loss"]):
+                raise ValueError(f"the loss is {values['loss']} near update {done}; the newest checkpoint in {cfg.run} is from before")
+            log.metrics(done, {"stage": batch.stage, **values, "grad_norm": norm.item(), "lr": lr_at(step, cfg.optim, cfg.total_steps)})
+        if done % cfg.train.save_every_steps == 0 or stage_ends or signalled:
+            if accelerator.is_main_process:
+                checkpoint.save(cfg.run, done, cfg, raw, ema, raw_optimizer, cfg.train.keep_checkpoints)
+            accelerator.wait_for_everyone()
+        if cfg.preview.count and (final or (cfg.preview.every_steps and done % cfg.preview.every_steps == 0)):
+            if accelerator.is_main_process:
+                log.metrics(done, preview(cfg, ema, text, codec, device, done, batch.stage, log))
+            accelerator.wait_for_everyone()
+        if signalled and not final:
+            log.say(f"interrupted after update {done}; saved, the same command goes on from there")
+            log.close()
+            return INTERRUPTED
+
+    digest = checkpoint.weights_sha256(dict(raw.named_parameters()))
+    if accelerator.is_main_process:
+        (Path(cfg.run) / "parameters.sha256").write_text(digest + "\n")
+    log.close()
+    if accelerator.is_main_process:
+        print(f"parameters sha256: {digest}")
+    return 0
+
+
+def _losses(part: Batch, cfg: config.Config, model: torch.nn.Module, text: TextEncoder, codec: VideoCodec, device) -> torch.Tensor:
+    """Loss of every sample of a part of the batch, [b]; all randomness is keyed by (seed, position, purpose)."""
+    with torch.no_grad():
+        x0 = codec.encode(part.frames.to(device))  # [b f c h w]
+        states, mask = text.encode(part.captions)  # [b l d], [b l]
+    noise = np.stack([keyed.normal(tuple(x0.shape[1:]), cfg.seed, "noise", p) for p in part.positions])
+    tokens = x0.shape[1] * x0.shape[3] * x0.shape[4] // cfg.model.patch_size ** 2
+    draws = [keyed.rng(cfg.seed, "time", p).random() for p in part.positions]
+    times = diffusion.draw_times(cfg.diffusion, torch.tensor(draws, dtype=torch.float64), tokens).to(device)  # [b]
+    frame_times = part.frame_times.to(device)
+
+    def model_fn(x, t, cond):
+        return model(x, t, frame_times=frame_times, **cond)
+
+    cond = {"text": states.to(device), "text_mask": mask.to(device)}
+    return diffusion.training_loss(model_fn, x0, cond, torch.from_numpy(noise).to(device), times, cfg.diffusion).loss
+
+
+@torch.no_grad()
+def preview(cfg: config.Config, ema: EMA, text: TextEncoder, codec: VideoCodec, device, done: int, stage_index: int, log: RunLog) -> dict:
+    """Samples preview videos from the EMA weights into the run's folder; returns judge scores for the embedded world."""
+    stage = cfg.stages[stage_index]
+    frames, fps = cfg.preview.frames or stage.frames, max(stage.fps)
+    model = Latte(cfg.model).to(device).eval()
+    for name, p in model.named_parameters():
+        p.copy_(ema.weights[name])
+    pipeline = Pipeline(cfg, model, text, codec, device)
+    scores: dict[str, list[float]] = {}
+    for index in range(cfg.preview.count):
+        scene, prompt = None, cfg.preview.prompts[index] if index < len(cfg.preview.prompts) else None
+        if prompt is None:
+            rng = keyed.rng(cfg.seed, "preview", index)
+            scene = sample_scene(rng, cfg.data.world, "test", frames / fps, stage.width / stage.height)
+            prompt = caption(scene, rng, "test")
+        clip = pipeline([prompt], [index], frames, stage.height, stage.width, fps)[0]
+        path = Path(cfg.run) / "previews" / f"step-{done:08d}-{index}.mp4"
+        path.parent.mkdir(exist_ok=True)
+        video.write(path, clip, fps)
+        path.with_suffix(".txt").write_text(prompt + "\n")
+        if scene is not None and cfg.data.source == "world" and frames > 1:
+            verdict = judge(clip, scene, fps)
+            for name, value in {**verdict.scores, "joint": verdict.joint}.items():
+                scores.setdefault(f"judge/{name}", []).append(float(value))
+    log.say(f"{cfg.preview.count} previews after update {done} in {Path(cfg.run) / 'previews'}")
+    return {name: float(np.mean(values)) for name, values in scores.items()}
+
+
+def plan(cfg: config.Config) -> str:
+    """What a run would do, as text: resolved config, model size, work of each stage, memory of the training state."""
+    with torch.device("meta"):
+        size = sum(p.numel() for p in Latte(cfg.model).parameters())
+    codec = VideoCodec(cfg.codec)
+    lines = [OmegaConf.to_yaml(OmegaConf.create(config.to_dict(cfg))), f"parameters: {size / 1e6:.2f} M",
+             f"training state: {size * 20 / 2**30:.2f} GiB (float32 weights, gradients, two AdamW moments, EMA)", "",
+             "stage   steps  frames  height  width  batch  tokens/clip  GFLOP/update (forward + backward)"]
+    total = 0.0
+    for index, stage in enumerate(cfg.stages):
+        f, _, h, w = codec.latent_shape(stage.frames, stage.height, stage.width)
+        work = 3 * stage.batch_size * flops(cfg.model, f, h, w, cfg.text.max_tokens) / 1e9
+        total += work * stage.steps
+        lines.append(f"{index:5d} {stage.steps:7d} {stage.frames:7d} {stage.height:7d} {stage.width:6d} {stage.batch_size:6d}"
+                     f" {f * h * w // cfg.model.patch_size ** 2:12d} {work:13.1f}")
+    return "\n".join([*lines, f"all stages: {cfg.total_steps} updates, {total / 1e6:.3f} PFLOP with {cfg.text.max_tokens} text tokens"])
+
+
+def _split(batch: Batch, parts: int) -> list[Batch]:
+    size = -(-len(batch.positions) // parts)
+    cuts = [slice(i, i + size) for i in range(0, len(batch.positions), size)]
+    return [Batch(batch.step, batch.stage, batch.positions[c], batch.frames[c], batch.frame_times[c], batch.captions[c]) for c in cuts]
+
+
+def _anywhere(flag: bool, accelerator: Accelerator) -> bool:
+    """Whether the flag is set on any process: all must leave the loop at the same update."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum").item())
+
+
+class _Stop:
+    """Remembers that SIGINT or SIGTERM came, so that the loop can end after a whole update. A second SIGINT ends at once."""
+
+    def __init__(self):
+        self.signalled = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals
+                signal.signal(number, self._note)
+
+    def _note(self, number, _frame):
+        self.signalled = True
+        signal.signal(number, signal.SIG_DFL)
+
+
+class _Window:
+    """Sums over the updates since the last line of metrics."""
+
+    def __init__(self, device):
+        self.device = device
+        self._open()
+
+    def _open(self):
+        self.loss = torch.zeros((), device=self.device)
+        self.updates = self.clips = self.frames = 0
+        self.wait = 0.0
+        self.started = self.ready = time.perf_counter()
+
+    def waited(self):
+        self.wait += time.perf_counter() - self.ready
+
+    def count(self, clips: int, frames: int):
+        self.updates, self.clips, self.frames = self.updates + 1, self.clips + clips, self.frames + frames
+        self.ready = time.perf_counter()
+
+    def close(self, accelerator: Accelerator) -> dict[str, float]:
+        seconds = time.perf_counter() - self.started
+        values = {"loss": accelerator.reduce(self.loss, "mean").item() / self.updates, "seconds": seconds / self.updates,
+                  "frames_per_s": self.frames / seconds, "loader_wait": self.wait / seconds}
+        self._open()
+        return values
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a YAML file of configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the plan, then exit")
+    args = parser.parse_args(argv)
+    try:
+        cfg = config.load(args.config, args.overrides)
+        if args.dry_run:
+            print(plan(cfg))
+            return 0
+        return train(cfg)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
