@@ -142,15 +142,15 @@ def shift_time(t: Tensor, tokens: int, cfg: DiffusionConfig) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def draw_times(normal: Tensor, tokens: int, cfg: DiffusionConfig) -> Tensor:
-    """Training times from the caller's standard normal numbers [b] or [b f], shaped like them.
+def draw_times(cfg: DiffusionConfig, uniform: Tensor, tokens: int) -> Tensor:
+    """Training times from the caller's uniform numbers in [0, 1), float64 [b] or [b f], shaped like them.
 
     flow: logit-normal (arXiv 2403.03206, section 3.1), then shifted; float32. ddpm: uniform on 0 .. timesteps - 1; int64.
     """
     if cfg.kind == "flow":
-        return shift_time(torch.sigmoid(cfg.logit_mean + cfg.logit_std * normal.double()), tokens, cfg).float()
-    uniform = torch.special.ndtr(normal.double())
-    return (uniform * cfg.timesteps).long().clamp(max=cfg.timesteps - 1)
+        normal = torch.special.ndtri(uniform)
+        return shift_time(torch.sigmoid(cfg.logit_mean + cfg.logit_std * normal), tokens, cfg).float()
+    return (uniform * cfg.timesteps).long()
 
 
 def loss_weight(alpha: Tensor, sigma: Tensor, cfg: DiffusionConfig) -> Tensor:
