@@ -33,6 +33,8 @@ SPLITS = ("train", "test")
 # with each other, yet 0.8 and 1.6 heights in 16 s: one to three bounces on the full stage, six in the tightest (a large
 # object under a pan).
 SPEEDS = {"slow": 0.05, "fast": 0.1}
+# Camera.amount is drawn between these, by the first word of the kind.
+CAMERA_AMOUNTS = {"static": (0.0, 0.0), "pan": (0.25, 0.35), "tilt": (0.25, 0.35), "zoom": (1.3, 1.5), "shake": (0.03, 0.04)}
 ORBIT = 0.12  # radius of circling, in frame heights: 7.5 s a turn when fast, 15 s when slow
 HELD_OUT = 0.1  # share of attribute combinations that only the test split has
 MIN_LEG = 0.12  # a linear phase goes at least this far (or its whole way) before its first bounce: its direction can be seen
@@ -147,6 +149,22 @@ def on_screen(obj: Object, scene: Scene, times: np.ndarray) -> tuple[np.ndarray,
     return centre, radii(obj, times, scene.seconds) * view[:, 2]
 
 
+def bounces(obj: Object, scene: Scene) -> int:
+    """How often the object meets a wall while it is visible."""
+    room, starts, hits = _room(obj, scene.camera, scene.aspect), np.array([obj.start]), 0
+    for phase, end in _stretches(obj, scene.seconds):
+        if phase.motion == "linear":
+            straight = starts[0] + heading(phase.direction) * phase.speed * (end - phase.start_s)
+            hits += int(np.abs(np.floor((straight - room[0]) / (room[1] - room[0]))).sum())
+        starts = _advance(starts, phase, np.array([end - phase.start_s]), room)[:, 0]
+    return hits
+
+
+def _stretches(obj: Object, seconds: float) -> list[tuple[Phase, float]]:
+    """The phases, each with its end."""
+    return list(zip(obj.phases, [*(p.start_s for p in obj.phases[1:]), min(obj.vanish_s, seconds)], strict=True))
+
+
 def _room(obj: Object, camera: Camera, aspect: float) -> np.ndarray:
     """Where the centre may be, [2 2]: the stage less the object's largest radius."""
     margin = RADII[obj.size] * max(1.0, GROWTH_FACTOR[obj.growth])
@@ -185,11 +203,11 @@ def _paths(starts: np.ndarray, obj: Object, room: np.ndarray, times: np.ndarray)
     """Centres [k f 2] of an object for each of several starts [k 2]; before its first phase an object rests there."""
     path = np.repeat(starts[:, None], len(times), 1)
     for i, phase in enumerate(obj.phases):
-        end = obj.phases[i + 1].start_s if i + 1 < len(obj.phases) else math.inf
-        now = (times >= phase.start_s) & (times < end)
+        if i:
+            last = obj.phases[i - 1]
+            starts = _advance(starts, last, np.array([phase.start_s - last.start_s]), room)[:, 0]
+        now = times >= phase.start_s  # what a later phase changes, it overwrites
         path[:, now] = _advance(starts, phase, times[now] - phase.start_s, room)
-        if end < math.inf:
-            starts = _advance(starts, phase, np.array([end - phase.start_s]), room)[:, 0]
     return path
 
 
@@ -218,10 +236,8 @@ def sample_scene(rng: np.random.Generator, cfg: WorldConfig, split: str = "train
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     count = int(rng.integers(cfg.min_objects, cfg.max_objects + 1))
     kind = _pick(rng, cfg.cameras)
-    amount = {"static": 0.0, "shake": rng.uniform(0.03, 0.04)}.get(
-        kind, rng.uniform(1.3, 1.5) if kind.startswith("zoom") else rng.uniform(0.25, 0.35))
-    camera = Camera(kind, float(amount), int(rng.integers(2**31)) if kind == "shake" else 0)
-    background = int(rng.integers(2**31))
+    camera = Camera(kind, float(rng.uniform(*CAMERA_AMOUNTS[kind.split("-")[0]])), int(rng.integers(2**31)) if kind == "shake" else 0)
+    background = int(rng.integers(cfg.backgrounds or 2**31))
     colours = [COLOURS[i] for i in rng.permutation(len(COLOURS))]
     objects: list[Object] = []
     for i in range(count):
@@ -271,8 +287,7 @@ def _place(rng, cfg, split, novel, colour, others, count, camera, seconds, aspec
 def _legible(starts: np.ndarray, obj: Object, room: np.ndarray, seconds: float) -> np.ndarray:
     """Which starts [k 2] show every phase as what it is: a first leg long enough to see, a circle inside the stage."""
     ok = np.ones(len(starts), bool)
-    for i, phase in enumerate(obj.phases):
-        end = obj.phases[i + 1].start_s if i + 1 < len(obj.phases) else min(obj.vanish_s, seconds)
+    for phase, end in _stretches(obj, seconds):
         if phase.motion == "linear":
             way = heading(phase.direction)
             leg = min(MIN_LEG, phase.speed * (end - phase.start_s)) * way
