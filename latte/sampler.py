@@ -31,7 +31,8 @@ def time_grid(cfg: DiffusionConfig, sampler: SamplerConfig, tokens: int) -> Grid
     """The grid of a sampler; `tokens`, those of the whole clip, set the shift of flow times.
 
     flow: t = 1 ... 0 evenly, then shifted. ddpm: evenly from the noisiest step to 0, rounded (250 steps of 1000 give 999,
-    995, ... 4, 0); ddim takes multiples of timesteps // steps instead (50 give 980, 960, ... 0), as published Latte does.
+    995, ... 4, 0); ddim takes multiples of timesteps // steps instead (50 give 980, 960, ... 0), as published Latte does: with
+    very few steps it begins well below full noise.
     """
     if cfg.kind == "flow":
         times = shift_time(torch.linspace(1, 0, sampler.steps + 1, dtype=torch.float64), tokens, cfg)[:-1]
@@ -118,7 +119,10 @@ def ddpm(predict, x: Tensor, alpha: Tensor, sigma: Tensor, steps: Iterator[int],
 
 
 def dpmpp_2m(predict, x: Tensor, alpha: Tensor, sigma: Tensor, steps: Iterator[int], noise_fn) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, algorithm 2), first order in the first and the last step."""
+    """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, algorithm 2), first order in the first and the last step.
+
+    From pure noise (flow) the first step spans an infinite lambda, so the second is first order as well.
+    """
     half_log_snr = alpha.log() - sigma.log()  # lambda of the paper: -inf at pure noise, +inf at clean data
     last = None
     for i in steps:
