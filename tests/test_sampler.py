@@ -332,7 +332,7 @@ def text_model(x, time, cond):
     """Reads its text as a masked mean, as a network with masked attention would."""
     mask = cond["text_mask"].to(x.dtype)
     text = (cond["text"] * mask[..., None]).sum((1, 2)) / mask.sum(1)
-    out = x * text.view(-1, 1, 1, 1, 1) + cond["labels"].view(-1, 1, 1, 1, 1)
+    out = x * text.view(-1, 1, 1, 1, 1) + (cond["labels"] * (time + 1)).view(-1, 1, 1, 1, 1)
     return torch.cat([out, 2 * out], 2)
 
 
