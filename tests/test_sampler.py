@@ -251,7 +251,6 @@ def test_flow_euler_equals_the_reference_with_its_shift():
 
 
 def test_flow_heun_equals_the_reference():
-    cfg = config("flow", "velocity")
     model_fn, noise = smooth(4), random(2, 2, 4, 4, 4, dtype=torch.float32)
     scheduler = FlowMatchHeunDiscreteScheduler()
     scheduler.set_timesteps(10)
