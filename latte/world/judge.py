@@ -1,0 +1,692 @@
+"""The judge: reads a clip of the embedded world from its frames alone, and scores it against a scene.
+
+Classical vision only, no learned weights. `observe` finds the foreground by hue and brightness, registers the background to
+follow the camera, links connected components to tracks, measures each track against the renderer's own shapes, unfolds its
+path at the walls and cuts it into phases. `judge` matches what was seen to what was asked for by attributes alone, because a
+caption tells no positions, and compares.
+
+Units are those of scene.py: frame heights and seconds, in the world (the camera removed) unless a name says pixels.
+"""
+
+import math
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+
+import cv2
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from latte.world.render import GREY, coverage
+from latte.world.scene import (
+    COLOURS,
+    DIRECTIONS,
+    GROWTH_FACTOR,
+    ORBIT,
+    RADII,
+    RGB,
+    SHAPES,
+    SPEEDS,
+    TURNS,
+    Camera,
+    Object,
+    Phase,
+    Scene,
+    heading,
+    stage,
+)
+
+CHROMA = np.array([[1, -1, 0], [1, 1, -2]], np.float32) / np.sqrt([[2], [6]]).astype(np.float32)  # blind to grey
+HUED = COLOURS[:-1]
+WHITE = len(COLOURS)  # labels: 0 = background, 1 + index in COLOURS
+PALETTE = np.array([RGB[c] for c in COLOURS], np.float32)
+HUES = PALETTE[:-1] @ CHROMA.T  # [7 2]
+_GRID = np.arange(-80, 81, dtype=np.float64)
+AREAS = np.array([coverage(s, _GRID[None], _GRID[:, None], np.float64(64)).sum() / 64**2 for s in SHAPES])  # in radius^2
+
+
+def _label_table() -> np.ndarray:
+    """Label of each colour with 5 bits a channel: [32768] uint8."""
+    level = np.arange(32, dtype=np.float32) * 8 + 4
+    rgb = np.stack(np.meshgrid(level, level, level, indexing="ij"), -1).reshape(-1, 3)
+    chroma = rgb @ CHROMA.T
+    unit = HUES / np.linalg.norm(HUES, axis=1, keepdims=True)
+    nearest = (chroma @ unit.T).argmax(1)
+    share = (chroma * HUES[nearest]).sum(1) / (HUES[nearest] ** 2).sum(1)  # how much of the pixel the object covers
+    white = rgb.min(1) > (GREY + PALETTE[-1].min()) / 2
+    return np.where(share > 0.42, 1 + nearest, np.where(white, WHITE, 0)).astype(np.uint8)
+
+
+LABELS = _label_table()
+
+
+def segment(frames: np.ndarray) -> np.ndarray:
+    """Label of every pixel [f h w] uint8: 0 = background, else 1 + index in COLOURS, by hue and brightness alone."""
+    code = (frames >> 3).astype(np.uint16)
+    return LABELS[(code[..., 0] << 10) | (code[..., 1] << 5) | code[..., 2]]
+
+
+@dataclass
+class Track:
+    """One thing followed through the clip; arrays have one row a frame, meaningless where it was not seen."""
+
+    seen: np.ndarray  # [f] bool
+    label: np.ndarray  # [f] of segment()
+    centre: np.ndarray  # [f 2] pixels, (x, y), of pixel corners
+    box: np.ndarray  # [f 4] left, top, width, height in pixels
+    area: np.ndarray  # [f] pixels^2
+
+
+def _components(labels: np.ndarray, least: float) -> list[list[tuple]]:
+    """Connected components of at least `least` pixels, per frame: (label, x, y, area, box)."""
+    found = []
+    for frame in labels:
+        here = []
+        for label in np.flatnonzero(np.bincount(frame.ravel(), minlength=WHITE + 1)[1:] >= least) + 1:
+            _, _, stats, centres = cv2.connectedComponentsWithStats((frame == label).view(np.uint8), connectivity=8)
+            here += [(int(label), *centres[i], stats[i, 4], stats[i, :4]) for i in range(1, len(stats)) if stats[i, 4] >= least]
+        found.append(here)
+    return found
+
+
+def track(labels: np.ndarray, fps: float) -> list[Track]:
+    """Links the components of [f h w] labels into tracks: the nearest of like colour and size, across any gap."""
+    f, h, _ = labels.shape
+    least = max(2.0, 0.45 * AREAS.min() * (0.8 * RADII["small"] * h) ** 2)
+    tracks: list[Track] = []
+    last: list[tuple] = []  # where each track was seen last: (frame, label, x, y, area)
+    for t, found in enumerate(_components(labels, least)):
+        used = set()
+        if tracks and found:
+            cost = np.array([[_link_cost(old, new, t, h, fps) for new in found] for old in last])
+            for i, j in zip(*linear_sum_assignment(cost)):
+                if cost[i, j] < 10:
+                    used.add(j)
+                    _extend(tracks[i], t, found[j])
+                    last[i] = (t, *found[j][:4])
+        for j, new in enumerate(found):
+            if j in used or any(_fragment(new, found[k]) for k in used):
+                continue
+            tracks.append(Track(np.zeros(f, bool), np.zeros(f, np.uint8), np.zeros((f, 2)), np.zeros((f, 4), int), np.zeros(f)))
+            _extend(tracks[-1], t, new)
+            last.append((t, *new[:4]))
+            used.add(j)
+    return [one for one in tracks if one.seen.sum() >= max(2, 0.03 * f)]
+
+
+def _extend(one: Track, t: int, new: tuple) -> None:
+    label, x, y, area, box = new
+    one.seen[t], one.label[t], one.centre[t], one.area[t], one.box[t] = True, label, (x + 0.5, y + 0.5), area, box
+
+
+def _link_cost(old: tuple, new: tuple, t: int, h: int, fps: float) -> float:
+    """How badly a component continues a track; 10 or more = it does not."""
+    far = np.hypot(new[1] - old[2], new[2] - old[3]) / h
+    reach = 0.08 + 0.25 * (t - old[0]) / fps  # twice the fastest object, and some
+    ratio = abs(np.log(new[3] / old[4]))
+    if new[0] == old[1]:
+        return far / reach + ratio if far < 4 * reach else 10 + far
+    return 2 + far / reach + ratio if far < 0.5 * reach and ratio < 0.7 and t - old[0] <= 2 else 20 + far
+
+
+def _fragment(new: tuple, whole: tuple) -> bool:
+    """Whether a component is a piece cut off another of its colour by what passes in front."""
+    if new[0] != whole[0] or new[3] > 0.5 * whole[3]:
+        return False
+    (x, y, w, h), (u, v, s, t) = new[4], whole[4]
+    return max(x - u - s, u - x - w, y - v - t, v - y - h) <= 2
+
+
+@dataclass
+class Measured:
+    """A track measured against the renderer's shapes; arrays have one row for each frame in `index` [k]."""
+
+    index: np.ndarray  # frames where it was seen
+    centre: np.ndarray  # [k 2] pixels, sub-pixel
+    area: np.ndarray  # [k] pixels^2, from soft edges
+    colour: np.ndarray  # [k 3] RGB of its inside
+    misfit: np.ndarray  # [k shapes] squared difference to each shape of the same area, in areas
+    clear: np.ndarray  # [k] bool: whole, inside the frame and touched by nothing else
+
+
+def measure(frames: np.ndarray, labels: np.ndarray, one: Track) -> Measured:
+    """Position, area, colour and shape of a track by soft coverage, in all its frames at once."""
+    h, w = labels.shape[1:]
+    index = np.flatnonzero(one.seen)
+    box = one.box[index]
+    side = int(min(box[:, 2:].max(), np.median(box[:, 2:].max(1)) * 1.8)) + 6
+    corner = np.floor(box[:, :2] + box[:, 2:] / 2 - side / 2 + 0.5).astype(np.int64)
+    step = np.arange(side)
+    column, row = corner[:, 0, None, None] + step, corner[:, 1, None, None] + step[:, None]
+    inside = (column >= 0) & (column < w) & (row >= 0) & (row < h)  # [k side side]
+    place = ((index[:, None, None] * h + row.clip(0, h - 1)) * w + column.clip(0, w - 1))
+    pixels = frames.reshape(-1, 3)[place].astype(np.float32)
+    found = np.where(inside, labels.reshape(-1)[place], 0)
+    label = one.label[index][:, None, None]
+    own = found == label
+    reach, other = _widen(own, 1), _widen((found > 0) & ~own, 1)
+    support = reach & inside & ~((found > 0) & ~own)
+
+    hue = (pixels @ CHROMA.T * np.append(HUES, [[0, 0]], 0)[label - 1]).sum(-1)  # along the hue, or brightness if white
+    signal = np.where(label == WHITE, pixels.min(-1), hue)
+    around = inside & ~reach & (found == 0)
+    ground = (signal * around).sum((1, 2)) / np.maximum(around.sum((1, 2)), 1)
+    signal = (signal - ground[:, None, None]) * support
+    count = np.maximum(own.sum((1, 2)), 1)
+    top = -np.sort(-np.where(own, signal, 0).reshape(len(index), -1), 1)
+    level = np.take_along_axis(np.cumsum(top, 1), np.maximum(count // 3, 1)[:, None] - 1, 1)[:, 0] / np.maximum(count // 3, 1)
+    level = np.maximum(_rolling(level, 17, 75), 1e-3)
+    alpha = np.clip(signal / level[:, None, None], 0, 1)
+    area = alpha.sum((1, 2))
+
+    core = own & (alpha > 0.85)
+    core |= own & ~core.any((1, 2), keepdims=True)
+    colour = (pixels * core[..., None]).sum((1, 2)) / core.sum((1, 2))[:, None]
+    centre_x = (alpha * (column + 0.5)).sum((1, 2)) / area
+    centre_y = (alpha * (row + 0.5)).sum((1, 2)) / area
+    border = (own & ((column == 0) | (column == w - 1) | (row == 0) | (row == h - 1))).any((1, 2))
+    cut = border & (area < 0.9 * _rolling(area, 17, 75))  # at the wall an object touches the border and is whole
+    clear = ~cut & ~(other & reach).any((1, 2))
+    x = (column + 0.5 - centre_x[:, None, None]).astype(np.float32)
+    y = (row + 0.5 - centre_y[:, None, None]).astype(np.float32)
+    misfit = np.empty((len(index), len(SHAPES)))
+    for i, shape in enumerate(SHAPES):
+        radius = np.sqrt(area / AREAS[i]).astype(np.float32)[:, None, None]
+        misfit[:, i] = (((coverage(shape, x, y, radius) - alpha) * inside) ** 2).sum((1, 2)) / area
+    return Measured(index, np.stack([centre_x, centre_y], -1), area, colour, misfit, clear)
+
+
+def _widen(mask: np.ndarray, by: int) -> np.ndarray:
+    """Dilates each [side side] of a stack of masks by `by` pixels, without leaking from one into the next."""
+    k, side, _ = mask.shape
+    wide = np.pad(mask, ((0, 0), (by, by), (by, by))).reshape(-1, side + 2 * by).view(np.uint8)
+    wide = cv2.dilate(wide, np.ones((2 * by + 1, 2 * by + 1), np.uint8))
+    return wide.reshape(k, side + 2 * by, -1)[:, by:-by, by:-by].view(bool)
+
+
+def _rolling(values: np.ndarray, window: int, percentile: float) -> np.ndarray:
+    """Running percentile of [k], the ends repeated."""
+    half = min(window, len(values)) // 2
+    padded = np.pad(values, half, mode="edge")
+    return np.percentile(np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1), percentile, axis=1)
+
+
+# ---- paths: unfolding at the walls, and phases
+
+
+def unfold(path: np.ndarray, fps: float, room: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Undoes the bounces of a path [k 2] (one row a frame) off the walls of `room` [2 2].
+
+    A bounce is a kink near a wall that turns one component of the velocity round and keeps its size. What follows is mirrored
+    so that the path runs on. Returns the path [k 2] and, for each frame, whether it is mirrored: signs [k 2] of 1 or -1.
+    """
+    k, window = len(path), max(2, round(0.75 * fps))
+    straight, signs = path.copy(), np.ones((k, 2))
+    at = np.arange(1, k - 2)  # a bounce between frames at and at + 1; two frames at least on either side
+    if not len(at):
+        return straight, signs
+    t = np.arange(1 - window, window + 1)
+    frame = at[:, None] + t  # [p 2 window]
+    there = (frame >= 0) & (frame < k)
+    for axis in range(2):
+        x = path[frame.clip(0, k - 1), axis]
+        before, level, miss_before = _weighted_line(x, t, there & (t <= 0))
+        after, _, miss_after = _weighted_line(x, t, there & (t > 0))
+        miss = miss_before + miss_after
+        wall = np.where(before > 0, room[1, axis], room[0, axis])
+        near = np.abs(path[at + 1, axis] + path[at, axis] - 2 * wall) / 2 < 0.05 + 0.5 * np.abs(before)
+        size = np.minimum(np.abs(before), np.abs(after))
+        kink = (before * after < 0) & (size > 0.6 * np.maximum(np.abs(before), np.abs(after))) & (size * fps > 0.012) & near
+        kink &= miss < _parabola_miss(x, t, there)
+        run = np.flatnonzero(kink)
+        for group in np.split(run, np.flatnonzero(np.diff(run) > window) + 1):
+            if len(group):
+                best = group[miss[group].argmin()]
+                i, later = at[best], there[best] & (t > 0)
+                mirror = (level[best] + before[best] * t + x[best])[later].mean() / 2  # where the path would run on from
+                sign = signs[i, axis]
+                offset = straight[i, axis] - sign * path[i, axis]
+                signs[i + 1 :, axis] = -sign
+                straight[i + 1 :, axis] = sign * (2 * mirror - path[i + 1 :, axis]) + offset
+    return straight, signs
+
+
+def _weighted_line(x: np.ndarray, t: np.ndarray, use: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Least-squares slope, level at t = 0 and squared residual [p] of rows x [p w] over t [w], where `use` [p w] says."""
+    n = use.sum(1)
+    mean_t, mean_x = (use * t).sum(1) / n, (use * x).sum(1) / n
+    dt, dx = use * (t - mean_t[:, None]), use * (x - mean_x[:, None])
+    slope = (dt * dx).sum(1) / (dt * dt).sum(1)
+    return slope, mean_x - slope * mean_t, ((dx - slope[:, None] * dt) ** 2).sum(1)
+
+
+def _parabola_miss(x: np.ndarray, t: np.ndarray, use: np.ndarray) -> np.ndarray:
+    """Squared residual [p] of the best parabola through rows x [p w], where `use` says."""
+    basis = np.vander(t / len(t), 3) * use[..., None]  # [p w 3]
+    weights = np.linalg.solve(basis.swapaxes(1, 2) @ basis, basis.swapaxes(1, 2) @ x[..., None])
+    return ((use * x - (basis @ weights)[..., 0]) ** 2).sum(1)
+
+
+def _smooth(path: np.ndarray) -> np.ndarray:
+    """Running mean of [k 2] over 5 frames, ends repeated."""
+    padded = np.pad(path, ((2, 2), (0, 0)), mode="edge")
+    return np.lib.stride_tricks.sliding_window_view(padded, 5, 0).mean(-1)
+
+
+class Fits:
+    """Least-squares fits of rest, straight motion and circling to any stretch of a path [k 2], from running sums."""
+
+    def __init__(self, path: np.ndarray, fps: float):
+        self.fps = fps
+        t = np.arange(len(path)) / fps
+        self.origin = path.mean(0)
+        x, y = (path - self.origin).T
+        q = x * x + y * y
+        step = np.hypot(*np.diff(_smooth(path), axis=0).T)
+        s = np.append(0, np.cumsum(step))  # way gone
+        terms = np.stack([np.ones_like(t), t, x, y, t * t, t * x, t * y, x * x, x * y, y * y, q * x, q * y, q * q,
+                          s, s * t, s * s], -1)
+        self.sums = np.concatenate([np.zeros((1, terms.shape[1])), np.cumsum(terms, 0)])
+        self.path = path
+
+    def costs(self, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+        """Squared residuals [p 3] of (still, linear, circle) over frames i..j-1, for index arrays i, j [p]."""
+        n, t, x, y, tt, tx, ty, xx, xy, yy, qx, qy, qq, s, st, ss = (self.sums[j] - self.sums[i]).T
+        mx, my, mt = x / n, y / n, t / n
+        still = xx - n * mx * mx + yy - n * my * my
+        vt, cx, cy = tt - n * mt * mt, tx - n * mt * mx, ty - n * mt * my
+        linear = still - (cx * cx + cy * cy) / np.maximum(vt, 1e-9)
+        # Kasa's circle: x^2 + y^2 = 2 a x + 2 b y + c by least squares, about the stretch's own middle for stability
+        sxx, sxy, syy = xx - n * mx * mx, xy - n * mx * my, yy - n * my * my
+        q = xx + yy
+        sqx, sqy, sqq = qx - q * mx, qy - q * my, qq - q * q / n
+        det = np.maximum(sxx * syy - sxy * sxy, 1e-14)
+        a, b = (sqx * syy - sqy * sxy) / det, (sqy * sxx - sqx * sxy) / det  # twice the centre
+        radius2 = q / n - a * mx - b * my + (a * a + b * b) / 4
+        circle = (sqq - a * sqx - b * sqy) / np.maximum(4 * radius2, 1e-9)  # algebraic residual / (2 r)
+        cs = st - mt * s
+        circle += EVEN * (ss - s * s / n - cs * cs / np.maximum(vt, 1e-9))  # at an even pace
+        possible = (radius2 > (0.4 * ORBIT) ** 2) & (radius2 < (2.5 * ORBIT) ** 2)
+        return np.stack([still, linear, np.where(possible, np.maximum(circle, 0), np.inf)], -1)
+
+    def centre(self, i: int, j: int) -> tuple[np.ndarray, float]:
+        """Centre [2] and radius of the circle fitted to frames i..j-1."""
+        part = self.path[i:j]
+        system = np.concatenate([2 * part, np.ones((len(part), 1))], 1)
+        a, b, c = np.linalg.lstsq(system, (part**2).sum(1), rcond=None)[0]
+        return np.array([a, b]), float(np.sqrt(max(c + a * a + b * b, 1e-12)))
+
+    def best(self, i: int, j: int, noise: float) -> tuple[str, np.ndarray]:
+        """The motion of frames i..j-1 and its velocity [2] (for a circle: turn in rad/s and radius), in the unfolded world."""
+        cost = self.costs(np.array([i]), np.array([j]))[0] + np.array([0, 2, 4]) * noise**2 * PLAIN
+        t = np.arange(j - i) / self.fps
+        velocity = np.polyfit(t, self.path[i:j], 1)[0]
+        if cost[2] < min(cost[0], cost[1]):
+            middle, radius = self.centre(i, j)
+            angle = np.unwrap(np.arctan2(*(self.path[i:j] - middle).T[::-1]))
+            turn = np.polyfit(t, angle, 1)[0]
+            if abs(turn) * (j - i) / self.fps > 0.5:
+                return "circle", np.array([turn, radius])
+        return ("still" if np.hypot(*velocity) < REST else "linear"), velocity
+
+
+def _runs_on(one: "Leg", other: "Leg") -> bool:
+    """Whether two neighbouring legs are one motion, cut by noise."""
+    if one.motion != other.motion or one.motion == "circle" and one.velocity[0] * other.velocity[0] < 0:
+        return False
+    return one.motion != "linear" or np.hypot(*(one.velocity - other.velocity)) < 0.35 * max(one.speed, other.speed)
+
+
+def _tell(leg: "Leg", signs: np.ndarray, start_s: float) -> Phase:
+    """A leg of the unfolded world as a phase of the real one, in the directions of its first frame, where `signs` [2] hold."""
+    if leg.motion == "still":
+        return Phase(start_s, "still")
+    if leg.motion == "circle":
+        return Phase(start_s, "circle", TURNS[0] if leg.velocity[0] * signs.prod() > 0 else TURNS[1], leg.speed)  # y is down
+    angle = math.atan2(leg.velocity[1] * signs[1], leg.velocity[0] * signs[0])
+    return Phase(start_s, "linear", DIRECTIONS[round(angle / (math.pi / 4)) % 8], leg.speed)
+
+
+PLAIN = 10.0  # how much better (in squared noise) a model must be for each degree of freedom more
+CUT = 40.0  # what a further stretch costs, likewise
+EVEN = 0.3  # weight of uneven pace in the misfit of a circle: a dot at rest also lies on one
+REST = 0.02  # frame heights a second: slower is standing still
+
+
+@dataclass(frozen=True)
+class Leg:
+    """A stretch of one motion of an unfolded path."""
+
+    first: int  # frame
+    motion: str  # of MOTIONS
+    velocity: np.ndarray  # [2] frame heights a second; for a circle (turn in rad/s, radius)
+
+    @property
+    def speed(self) -> float:
+        return float(abs(self.velocity[0]) * self.velocity[1] if self.motion == "circle" else np.hypot(*self.velocity))
+
+
+def legs(straight: np.ndarray, fps: float) -> list[Leg]:
+    """Cuts an unfolded path [k 2] into stretches of rest, straight motion and circling by dynamic programming."""
+    k = len(straight)
+    least = max(3, round(0.9 * fps))
+    fits = Fits(straight, fps)
+    jitter = np.diff(straight, 2, axis=0)
+    noise = max(0.003, float(np.median(np.abs(jitter))) * 0.6) if len(jitter) else 0.003
+    if k < 2 * least:
+        return [Leg(0, *fits.best(0, k, noise))]
+    stride = 2 if fps >= 6 else 1
+    nodes = np.append(np.arange(0, k - least + 1, stride), k)
+    i, j = np.meshgrid(np.arange(len(nodes)), np.arange(len(nodes)), indexing="ij")
+    pair = nodes[j] - nodes[i] >= least
+    i, j = i[pair], j[pair]
+    cost = (fits.costs(nodes[i], nodes[j]) / noise**2 + np.array([0, 2, 4]) * PLAIN).min(1)
+    table = np.full((len(nodes), len(nodes)), np.inf)
+    table[i, j] = cost + CUT
+    best, came = np.full(len(nodes), np.inf), np.zeros(len(nodes), int)
+    best[0] = 0
+    for node in range(1, len(nodes)):
+        total = best[:node] + table[:node, node]
+        came[node] = total.argmin()
+        best[node] = total[came[node]]
+    cuts = [len(nodes) - 1]
+    while cuts[-1]:
+        cuts.append(came[cuts[-1]])
+    cuts = nodes[cuts[::-1]]
+    found: list[Leg] = []
+    for a, b in pairwise(cuts):
+        new = Leg(int(a), *fits.best(a, b, noise))
+        if found and _runs_on(found[-1], new):
+            a = found.pop().first
+            new = Leg(a, *fits.best(a, b, noise))
+        found.append(new)
+    return found
+
+
+# ---- what is seen
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An object as observed: its attributes in the scene's own words, and what they were frame by frame.
+
+    Arrays have one row a frame of the clip; where the object was not seen they hold the nearest frame's value, and `path` is
+    interpolated.
+    """
+
+    told: Object
+    legs: tuple[Leg, ...]
+    seen: np.ndarray  # [f] bool
+    hidden: np.ndarray  # [f] bool: not seen, but another object passes there
+    path: np.ndarray  # [f 2] centre in the world
+    straight: np.ndarray  # [f 2] the same with its bounces undone
+    signs: np.ndarray  # [f 2] -1 where `straight` is mirrored
+    leg: np.ndarray  # [f] index in `legs`
+    radius: np.ndarray  # [f] in the world, as of the shape that it is on the whole
+    lab: np.ndarray  # [f 3] CIE-Lab
+    colours: np.ndarray  # [f] index in COLOURS
+    shapes: np.ndarray  # [f] index in SHAPES, over a second or so
+
+
+@dataclass(frozen=True)
+class Observation:
+    objects: tuple[Seen, ...]
+    camera: Camera
+    view: np.ndarray  # [f 3] as Camera.view()
+    count: np.ndarray  # [f] objects in view
+    background_drift: float  # grey levels between the background of the first and of the last quarter
+    fps: float
+    height: int  # pixels
+
+    def to_json(self) -> dict:
+        """What was observed, without the arrays."""
+        return {"objects": [asdict(o.told) | {"vanish_s": min(o.told.vanish_s, len(o.seen) / self.fps)} for o in self.objects],
+                "camera": {"kind": self.camera.kind, "amount": self.camera.amount}, "background_drift": self.background_drift}
+
+
+def observe(frames: np.ndarray, fps: float = 8, seconds: float | None = None) -> Observation:
+    """Reads a clip, uint8 [f h w 3]. `seconds` is the length of the scene it is the beginning of, by default the clip's own."""
+    frames = np.asarray(frames)
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+        raise ValueError(f"frames must be uint8 [f h w 3], got {frames.dtype} {list(frames.shape)}")
+    f, h, w, _ = frames.shape
+    seconds = seconds or f / fps
+    labels = segment(frames)
+    view = np.tile([0.0, 0.0, 1.0], (f, 1))
+    camera = Camera()
+    tracks = track(labels, fps)
+    measured = [measure(frames, labels, one) for one in tracks]
+    objects = [_describe(one, m, view, camera, f, h, w, fps, seconds) for one, m in zip(tracks, measured)]
+    objects = tuple(_hide(o, [p for p in objects if p is not o]) for o in objects)
+    count = np.sum([o.seen | o.hidden for o in objects], 0) if objects else np.zeros(f, int)
+    return Observation(objects, camera, view, count, 0.0, fps, h)
+
+
+LAB = cv2.cvtColor(PALETTE[None] / 255, cv2.COLOR_RGB2Lab)[0]
+SLACK_S = 0.75  # seconds by which an event may be off
+
+
+def _describe(one: Track, m: Measured, view: np.ndarray, camera: Camera, f: int, h: int, w: int, fps: float, seconds: float) -> Seen:
+    """Turns a measured track into an object."""
+    k = len(m.index)
+    clear = m.clear if m.clear.sum() >= max(2, 0.2 * k) else np.ones(k, bool)
+    shape = int(m.misfit[clear].mean(0).argmin())
+    window = min(k - 1, round(fps)) | 1
+    misfit = np.pad(m.misfit * clear[:, None], ((window // 2, window // 2), (0, 0)))
+    local = np.lib.stride_tricks.sliding_window_view(misfit, window, 0).sum(-1)  # [k shapes]
+    shapes = np.where(local.any(1), local.argmin(1), shape)
+
+    lab = cv2.cvtColor((m.colour[None] / 255).astype(np.float32), cv2.COLOR_RGB2Lab)[0]
+    colours = np.linalg.norm(lab[:, None] - LAB, axis=-1).argmin(1)
+    colour = int(np.bincount(colours).argmax())
+
+    radius = np.sqrt(m.area / AREAS[shape]) / h / view[m.index, 2]
+    s = m.index / fps / seconds
+    ratio = 1.0
+    if clear.sum() >= 4:
+        slope, first = np.polyfit(s[clear], radius[clear], 1)
+        ratio = max(first + slope, 1e-3) / max(first, 1e-3)
+    change = math.log(ratio) * (s[-1] - s[0])  # within the clip; a little of it is noise
+    growth = "none" if abs(change) < 0.08 or abs(math.log(ratio)) < 0.2 else "grow" if change > 0 else "shrink"
+    base = np.median((radius / (1 + (GROWTH_FACTOR[growth] - 1) * s))[clear])
+    size = min(RADII, key=lambda name: abs(math.log(RADII[name] / base)))
+
+    middle = np.array([w / h / 2, 0.5])
+    place = middle + view[m.index, :2] + (m.centre / h - middle) / view[m.index, 2:]
+    frame = np.arange(m.index[0], m.index[-1] + 1)
+    path = np.stack([np.interp(frame, m.index[clear], place[clear, axis]) for axis in range(2)], -1)
+    margin = RADII[size] * max(1.0, GROWTH_FACTOR[growth])
+    low, high = stage(camera, w / h)
+    straight, signs = unfold(path, fps, np.stack([low + margin, high - margin]))
+    start_s, end_s = m.index[0] / fps, (m.index[-1] + 1) / fps
+    found = legs(straight, fps)
+    told_phases = tuple(_tell(leg, signs[leg.first], start_s + leg.first / fps) for leg in found)
+    appear = 0.0 if start_s <= SLACK_S / 2 else start_s
+    vanish = math.inf if end_s >= f / fps - SLACK_S / 2 else end_s
+    told = Object(SHAPES[shape], COLOURS[colour], size, tuple(float(v) for v in path[0]), told_phases, appear, vanish, growth)
+    row = np.abs(np.arange(f)[:, None] - m.index).argmin(1)
+    spread = np.clip(np.arange(f) - frame[0], 0, len(frame) - 1)
+    leg = np.searchsorted([leg.first for leg in found], spread, "right") - 1
+    return Seen(told, tuple(found), one.seen, np.zeros(f, bool), path[spread], straight[spread], signs[spread], leg, radius[row],
+                lab[row], colours[row], shapes[row])
+
+
+def _hide(one: Seen, others: list[Seen]) -> Seen:
+    """Marks where an unseen object is behind another."""
+    hidden = np.zeros_like(one.seen)
+    first, last = np.flatnonzero(one.seen)[[0, -1]]
+    for other in others:
+        near = np.linalg.norm(one.path - other.path, axis=1) < one.radius + other.radius
+        hidden |= near & other.seen & ~one.seen
+    hidden[:first] = hidden[last:] = False
+    return replace(one, hidden=hidden)
+
+
+# ---- the verdict
+
+RIGHT_MOTION = 0.75  # share of every phase's time in which the motion must be the wanted one
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a clip is worth against a scene. Scores are in [0, 1], 1 = all right; `joint` = every one of them passes."""
+
+    scores: dict[str, float]  # attributes: the share of objects, wanted and seen, that are right
+    steadiness: dict[str, float]  # of each attribute through time, over the matched objects
+    joint: bool
+    velocity_error: float  # pixels a frame, mean over matched objects and time, bounces undone; nan if nothing matches
+    permanence: tuple[float, ...]  # [f] share of wanted objects that kept identity, colour and size up to each frame
+    count: tuple[int, ...]  # [f] objects in view
+    drift: dict[str, float]  # from the first to the last quarter: colour (CIE-Lab), size (ratio - 1), background (grey levels)
+    pairs: tuple[tuple[int, int], ...]  # (index in the scene's objects that the clip reaches, index in the observation's objects)
+    observed: dict  # Observation.to_json()
+
+    def to_json(self) -> dict:
+        """Plain lists and dicts, numbers rounded to 4 places."""
+        return _rounded(asdict(self))
+
+
+def _rounded(value):
+    if isinstance(value, dict):
+        return {key: _rounded(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(v) for v in value]
+    if isinstance(value, float):
+        return round(value, 4) if math.isfinite(value) else None
+    return value
+
+
+FLOORS = {"presence": 0.97, "colour": 0.6, "shape": 0.9, "size": 0.6, "pace": 0.8}  # steadiness that passes
+
+
+def judge(frames: np.ndarray, scene: Scene, fps: float = 8) -> Verdict:
+    """Scores a clip, uint8 [f h w 3], against a scene; positions and the background's texture do not count.
+
+    A clip shorter than the scene is judged as its beginning. ValueError if the frames are not such a clip.
+    """
+    seen = observe(frames, fps, scene.seconds)
+    f, clip_s = len(frames), len(frames) / fps
+    wanted = [o for o in scene.objects if o.appear_s < clip_s - SLACK_S]
+    looks = [[_look(o, s, fps, clip_s, scene) for s in seen.objects] for o in wanted]
+    pairs = match([[look.right for look in row] for row in looks])
+    most = max(len(wanted), len(seen.objects))
+    scores = {"count": float(len(wanted) == len(seen.objects))}
+    for name in WEIGHTS:
+        scores[name] = sum(looks[i][j].right[name] for i, j in pairs) / most if most else 1.0
+    scores["camera"] = float(seen.camera.kind == scene.camera.kind)
+    matched = [looks[i][j] for i, j in pairs]
+    steadiness = {name: float(np.mean([look.steady[name] for look in matched])) if matched else 1.0 for name in FLOORS}
+    worst = {name: min((look.steady[name] for look in matched), default=1.0) for name in FLOORS}
+    joint = all(v == 1 for v in scores.values()) and all(worst[name] >= floor for name, floor in FLOORS.items())
+    permanence = np.sum([look.kept for look in matched], 0) / len(wanted) if matched else np.full(f, float(not wanted))
+    errors = [look.velocity_error for look in matched if math.isfinite(look.velocity_error)]
+    drift = {name: float(np.mean([look.drift[name] for look in matched])) if matched else 0.0 for name in ("colour", "size")}
+    return Verdict(scores, steadiness, joint, float(np.mean(errors)) * frames.shape[1] / fps if errors else math.nan,
+                   tuple(float(v) for v in permanence), tuple(int(v) for v in seen.count), drift | {"background": seen.background_drift},
+                   tuple(pairs), seen.to_json())
+
+
+WEIGHTS = {"shape": 1.0, "colour": 1.0, "size": 0.6, "motion": 0.8, "speed": 0.2, "events": 0.3, "growth": 0.3}  # in matching
+
+
+def match(right: list[list[dict[str, bool]]]) -> list[tuple[int, int]]:
+    """Pairs wanted with seen objects so that the weighted sum of right attributes is greatest (Kuhn 1955)."""
+    if not right or not right[0]:
+        return []
+    gain = np.array([[sum(WEIGHTS[name] * ok for name, ok in cell.items()) for cell in row] for row in right])
+    return [(int(i), int(j)) for i, j in zip(*linear_sum_assignment(-gain))]
+
+
+@dataclass(frozen=True)
+class Look:
+    """One wanted object held against one seen."""
+
+    right: dict[str, bool]
+    steady: dict[str, float]
+    kept: np.ndarray  # [f] bool: identity, colour and size kept so far
+    velocity_error: float  # frame heights a second
+    drift: dict[str, float]
+
+
+def _look(want: Object, one: Seen, fps: float, clip_s: float, scene: Scene) -> Look:
+    f, told = len(one.seen), one.told
+    t = (np.arange(f) + 0.5) / fps
+    until = min(want.vanish_s, clip_s)
+    there = (t > want.appear_s) & (t < until) & (one.seen | one.hidden)
+    surely = (t > want.appear_s + SLACK_S * (want.appear_s > 0)) & (t < until - SLACK_S * (want.vanish_s < clip_s))
+    if not there.any():
+        return Look(dict.fromkeys(WEIGHTS, False), dict.fromkeys(FLOORS, 0.0), np.zeros(f, bool), math.nan, {"colour": 0.0, "size": 0.0})
+    right = {name: getattr(told, name) == getattr(want, name) for name in ("shape", "colour", "size", "growth")}
+    right["growth"] |= clip_s < scene.seconds / 2  # too short to tell
+
+    second = max(1, round(fps / 2))
+    velocity = np.gradient(one.straight, 1 / fps, axis=0) if f > 1 else np.zeros((f, 2))
+    velocity = cv2.blur(velocity, (1, 2 * second + 1), borderType=cv2.BORDER_REPLICATE)
+    pace = np.hypot(*velocity.T)
+    shares, speeds, even, errors, ways = [], [], [], [], []
+    ends = [*(p.start_s for p in want.phases[1:]), until]
+    for phase, end_s in zip(want.phases, ends):
+        inner = np.flatnonzero(there & (t > phase.start_s + 0.4) & (t < min(end_s, clip_s) - 0.4))
+        if not len(inner):
+            continue
+        signs = one.signs[inner[0]]
+        agrees = np.array([_agrees(leg, phase, signs) for leg in one.legs])[one.leg[inner]]
+        shares.append(agrees.mean())
+        ways.append((phase, signs))
+        here = pace[inner]
+        if phase.motion == "still":
+            even.append(here < 1.5 * REST)
+            errors.append(here)
+            continue
+        typical = np.median(here)
+        speed = float(np.median([one.legs[i].speed for i in one.leg[inner]]))
+        wanted_speed = phase.speed or min(SPEEDS.values(), key=lambda v: abs(v - speed))
+        speeds.append(abs(math.log(max(speed, 1e-6) / wanted_speed)) < math.log(SPEEDS["fast"] / SPEEDS["slow"]) / 2)
+        even.append(np.abs(np.log(np.maximum(here, 1e-6) / max(typical, 1e-6))) < 0.4)
+        if phase.motion == "linear":
+            errors.append(np.hypot(*(velocity[inner] - heading(phase.direction) * signs * wanted_speed).T))
+        else:
+            errors.append(np.abs(here - wanted_speed))
+    right["motion"] = min(shares, default=0.0) >= RIGHT_MOTION
+    right["speed"] = all(speeds)
+    right["events"] = _same_time(told.appear_s, want.appear_s, clip_s) and _same_time(told.vanish_s, want.vanish_s, clip_s)
+    changes = [leg.first / fps + np.argmax(one.seen) / fps for leg in one.legs[1:]]
+    for (old, old_signs), (new, new_signs) in pairwise(ways):
+        unseen = old.motion == new.motion == "linear" and np.allclose(heading(old.direction) * old_signs, heading(new.direction) * new_signs)
+        right["events"] &= unseen or any(abs(change - new.start_s) <= SLACK_S for change in changes)
+
+    curve = np.log(one.radius / (1 + (GROWTH_FACTOR[want.growth] - 1) * np.clip(t / scene.seconds, 0, 1)))
+    off = np.abs(curve - np.median(curve[there]))
+    shade = np.linalg.norm(one.lab - np.median(one.lab[there], 0), axis=1)
+    shade, off = _settled(shade, fps), _settled(off, fps)
+    steady = {"presence": float((one.seen | one.hidden)[surely].mean()) if surely.any() else 1.0,
+              "colour": float(1 - min(1, np.percentile(shade[there], 95) / 25)),
+              "shape": float((one.shapes == SHAPES.index(told.shape))[there].mean()),
+              "size": float(1 - min(1, np.percentile(off[there], 95) / 0.25)),
+              "pace": float(np.concatenate(even).mean()) if even else 1.0}
+    fine = (one.seen | one.hidden) & (one.colours == COLOURS.index(want.colour)) & (one.shapes == SHAPES.index(want.shape))
+    fine &= np.abs(_settled(curve, fps) - math.log(RADII[want.size])) < 0.22
+    lost = np.convolve(surely & ~fine, np.ones(3), "same") >= 3
+    quarter = [np.flatnonzero(there)[: max(1, there.sum() // 4)], np.flatnonzero(there)[-max(1, there.sum() // 4) :]]
+    drift = {"colour": float(np.linalg.norm(one.lab[quarter[0]].mean(0) - one.lab[quarter[1]].mean(0))),
+             "size": float(math.exp(curve[quarter[1]].mean() - curve[quarter[0]].mean()) - 1)}
+    return Look({k: bool(v) for k, v in right.items()}, steady, ~np.maximum.accumulate(lost),
+                float(np.concatenate(errors).mean()) if errors else math.nan, drift)
+
+
+def _settled(values: np.ndarray, fps: float) -> np.ndarray:
+    """Running median of [f] over half a second."""
+    return _rolling(values, round(fps / 2) | 1, 50)
+
+
+def _same_time(one_s: float, other_s: float, clip_s: float) -> bool:
+    """Whether two events fall together; what lies beyond the clip's end is all the same."""
+    return abs(min(one_s, clip_s) - min(other_s, clip_s)) <= SLACK_S
+
+
+def _agrees(leg: Leg, phase: Phase, signs: np.ndarray) -> bool:
+    """Whether a leg goes the way that a phase wants, which began where `signs` held."""
+    if leg.motion != phase.motion:
+        return False
+    if leg.motion == "circle":
+        return leg.velocity[0] * signs.prod() * (1 if phase.direction == TURNS[0] else -1) > 0
+    return leg.motion == "still" or leg.velocity @ (heading(phase.direction) * signs) > math.cos(math.pi / 8) * leg.speed
