@@ -257,7 +257,7 @@ class _Writer:
             elif phase.motion == "circle":
                 parts.append(f"{self.verb(VERBS['circle'], form)} {self.word(TURN_WORDS[phase.direction])}{speed}")
                 speed = ""
-            elif i > 1 and replace(phase, start_s=phases[i - 2].start_s) == phases[i - 2] and self.chance(0.6):
+            elif i > 1 and phases[i - 1].motion == "still" and phase == replace(phases[i - 2], start_s=phase.start_s) and self.chance(0.6):
                 parts.append(self.verb(VERBS["go"], form))  # on in the direction it had before it stopped
             else:
                 parts.append(f"{self.verb(LINEAR_VERBS, form)} {self.word(DIRECTION_WORDS[phase.direction])}{speed}")
@@ -394,6 +394,7 @@ class _Draft:
         elif kind == "turn":
             if self.last == "circle":
                 self.phases[-1][1] = value
+                kind = "circle, turn"
             else:
                 self.begin("circle", value)
         elif kind == "linear":

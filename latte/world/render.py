@@ -13,6 +13,7 @@ from latte.world.scene import RGB, Scene, on_screen, visible
 
 GREY = 63  # mean level of the background
 TINT = np.array((0, 3, 9), np.uint8)  # added to the level in R, G, B: slate
+WORLD = 8.0  # side of the textured square in frame heights; beyond it the background is flat
 OCTAVES = ((0.36, 24.0), (0.12, 16.0))  # (knot distance in frame heights, strength): the level stays in GREY +- sum of strengths
 
 
@@ -71,12 +72,10 @@ def _draw(frames: np.ndarray, index: np.ndarray, shape: str, rgb, centre: np.nda
     h, w = frames.shape[1:3]
     side = int(2 * radius.max()) + 3
     corner = np.floor(centre - side / 2 + 0.5).astype(np.int64)
-    offset = (corner - centre + 0.5).astype(np.float32)
     step = np.arange(side)
-    x = offset[:, 0, None, None] + step.astype(np.float32)  # [k 1 side]
-    y = offset[:, 1, None, None] + step.astype(np.float32)[:, None]  # [k side 1]
-    alpha = coverage(shape, x, y, radius.astype(np.float32)[:, None, None])
-    column, row = corner[:, 0, None, None] + step, corner[:, 1, None, None] + step[:, None]
+    column, row = corner[:, 0, None, None] + step, corner[:, 1, None, None] + step[:, None]  # [k 1 side], [k side 1]
+    x, y = column + 0.5 - centre[:, 0, None, None], row + 0.5 - centre[:, 1, None, None]
+    alpha = coverage(shape, x.astype(np.float32), y.astype(np.float32), radius.astype(np.float32)[:, None, None])
     drawn = (alpha > 0) & (column >= 0) & (column < w) & (row >= 0) & (row < h)
     place = ((index[:, None, None] * h + row) * w + column)[drawn]
     pixels = frames.reshape(-1, 3)
@@ -89,15 +88,23 @@ def _background(scene: Scene, height: int, width: int, times: np.ndarray) -> np.
     view = scene.camera.view(times, scene.seconds)
     moving = scene.camera.kind != "static"
     looks = view if moving else view[:1]
-    level = np.full((len(looks), height, width), GREY + 0.5, np.float32)
+    # where the pixels lie in the world, from its middle: [f h] and [f w]
+    y = ((np.arange(height) + 0.5) / height - 0.5) / looks[:, 2:] + looks[:, 1:2]
+    x = ((np.arange(width) + 0.5) / width - 0.5) * scene.aspect / looks[:, 2:] + looks[:, :1]
+    # half the height and width that the camera ever sees: a bound of the scene, so that a frame never depends on others
+    amount, zooms = scene.camera.amount, scene.camera.kind.startswith("zoom")
+    seen = [half * math.sqrt(amount) if zooms else half + amount for half in (0.5, scene.aspect / 2)]
+    level = np.float32(GREY + 0.5)
     for octave, (knot, strength) in enumerate(OCTAVES):
-        # positions relative to the middle of the world; 0.75 of the frame and half a height more than any camera shows
-        x = ((np.arange(width) + 0.5) / width - 0.5) * scene.aspect / looks[:, 2:] + looks[:, :1]  # [f w]
-        y = ((np.arange(height) + 0.5) / height - 0.5) / looks[:, 2:] + looks[:, 1:2]  # [f h]
-        reach = (math.ceil((0.75 + 0.5) / knot), math.ceil((0.75 * scene.aspect + 0.5) / knot))
-        knots = keyed.rng(scene.background, "background", octave).uniform(-strength, strength, [2 * n + 1 for n in reach])
-        level += _spline(y / knot, reach[0]) @ knots.astype(np.float32) @ _spline(x / knot, reach[1]).swapaxes(1, 2)
-    frames = level.astype(np.uint8)[..., None] + TINT
+        span = math.ceil(WORLD / 2 / knot)
+        rows, columns = (min(span, math.ceil(half / knot) + 1) for half in seen)
+        knots = keyed.rng(scene.background, "background", octave).uniform(-strength, strength, (2 * span + 1, 2 * span + 1))
+        knots = knots[span - rows:span + rows + 1, span - columns:span + columns + 1].astype(np.float32)
+        level = level + _spline(y / knot, rows) @ knots @ _spline(x / knot, columns).swapaxes(1, 2)
+    level = level.astype(np.uint8)
+    frames = np.empty((*level.shape, 3), np.uint8)
+    for c in range(3):
+        frames[..., c] = level + TINT[c]
     return frames if moving else np.repeat(frames, len(times), 0)
 
 

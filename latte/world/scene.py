@@ -37,6 +37,7 @@ SPEEDS = {"slow": 0.05, "fast": 0.1}
 CAMERA_AMOUNTS = {"static": (0.0, 0.0), "pan": (0.25, 0.35), "tilt": (0.25, 0.35), "zoom": (1.3, 1.5), "shake": (0.03, 0.04)}
 ORBIT = 0.12  # radius of circling, in frame heights: 7.5 s a turn when fast, 15 s when slow
 HELD_OUT = 0.1  # share of attribute combinations that only the test split has
+CLEARANCE = 0.03  # up to three objects stay this far apart, 2 px at 64 pixels; more of them merely do not overlap
 MIN_LEG = 0.12  # a linear phase goes at least this far (or its whole way) before its first bounce: its direction can be seen
 
 
@@ -226,7 +227,8 @@ def sample_scene(rng: np.random.Generator, cfg: WorldConfig, split: str = "train
     """Draws a scene of the world that `cfg` describes.
 
     No object of a train scene has a held-out combination of attributes; every test scene with objects has one at least.
-    Objects keep clear of one another where the stage has room for it: starts, and then motions, are drawn again until they do.
+    Objects keep clear of one another where the stage has room for it: starts, looks and motions are drawn again until they
+    do. That makes large objects rarer beside others than alone. ValueError names a setting that the world does not know.
     """
     for key, names in (("motions", (*MOTIONS, "stop-go", "sequence")), ("cameras", CAMERAS), ("speeds", tuple(SPEEDS))):
         asked = getattr(cfg, key)
@@ -234,54 +236,136 @@ def sample_scene(rng: np.random.Generator, cfg: WorldConfig, split: str = "train
             raise ValueError(f"data.world.{key}: must be some of {', '.join(names)}; got {asked}")
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    count = int(rng.integers(cfg.min_objects, cfg.max_objects + 1))
-    kind = _pick(rng, cfg.cameras)
-    camera = Camera(kind, float(rng.uniform(*CAMERA_AMOUNTS[kind.split("-")[0]])), int(rng.integers(2**31)) if kind == "shake" else 0)
-    background = int(rng.integers(cfg.backgrounds or 2**31))
-    colours = [COLOURS[i] for i in rng.permutation(len(COLOURS))]
-    objects: list[Object] = []
-    for i in range(count):
-        novel = split == "test" and i == 0  # the one that must be held out
-        objects.append(_place(rng, cfg, split, novel, colours[i % len(colours)], objects, count, camera, seconds, aspect))
-    order = rng.permutation(count)
-    return Scene(tuple(objects[i] for i in order), camera, background, seconds, aspect)
+    return _Sampler(rng, cfg, split, seconds, aspect).scene()
 
 
-def _pick(rng: np.random.Generator, options):
-    return options[int(rng.integers(len(options)))]
+def even_starts(count: int, seconds: float) -> list[float]:
+    """When the phases of a sequence begin where its caption tells no times: even parts, on whole seconds."""
+    return [_on_tick(i * seconds / count, seconds) for i in range(count)]
 
 
-def _place(rng, cfg, split, novel, colour, others, count, camera, seconds, aspect) -> Object:
-    """Draws one object and a start for it that keeps clear of `others`; after 40 draws, the clearest that was met."""
-    times = np.arange(0, seconds, 0.25)
-    sizes = SIZES if count <= 3 else SIZES[:2] if count <= 5 else SIZES[:1]
-    twins = {o.shape for o in others if o.colour == colour}
-    placed = [(_paths(np.array([o.start]), o, _room(o, camera, aspect), times)[0], radii(o, times, seconds), visible(o, times))
-              for o in others]
-    best, best_gap, draws = None, -math.inf, 0
-    obj = None
-    while best is None or (best_gap < 0.01 and draws < 40):
-        if obj is None or draws % 4 == 0:  # a new look now and then; until then, the same look on another path
-            shape, size = _pick(rng, [s for s in SHAPES if s not in twins]), _pick(rng, sizes)
-        obj = _draw(rng, cfg, shape, colour, size, camera, seconds)
-        if (novel and not held_out(obj)) or (split == "train" and held_out(obj)):
-            obj = None
-            continue
-        draws += 1
-        room = _room(obj, camera, aspect)
-        starts = rng.uniform(room[0], room[1], (24, 2))
-        starts = starts[_legible(starts, obj, room, seconds)]
-        if not len(starts):
-            continue
-        gaps = np.full(len(starts), math.inf)
-        path, radius, seen = _paths(starts, obj, room, times), radii(obj, times, seconds), visible(obj, times)
-        for other_path, other_radius, other_seen in placed:
-            gap = np.linalg.norm(path - other_path, axis=-1) - radius - other_radius  # [k f]
-            gaps = np.minimum(gaps, np.where(seen & other_seen, gap, math.inf).min(-1))
-        chosen = int(np.argmax(gaps >= 0.01)) if (gaps >= 0.01).any() else int(gaps.argmax())
-        if gaps[chosen] > best_gap:
-            best, best_gap = replace(obj, start=tuple(float(v) for v in starts[chosen])), gaps[chosen]
-    return best
+def _on_tick(time: float, seconds: float) -> float:
+    """Events fall on whole seconds, or on sixteenths of a short clip, so that a caption can tell them exactly."""
+    tick = 1.0 if seconds >= 8 else seconds / 16
+    return tick * round(time / tick)
+
+
+class _Sampler:
+    def __init__(self, rng: np.random.Generator, cfg: WorldConfig, split: str, seconds: float, aspect: float):
+        self.rng, self.cfg, self.split, self.seconds, self.aspect = rng, cfg, split, seconds, aspect
+        self.times = np.arange(0, seconds, seconds / 64)  # when objects are checked for touching
+        kind = self.pick(cfg.cameras)
+        amount = float(rng.uniform(*CAMERA_AMOUNTS[kind.split("-")[0]]))
+        self.camera = Camera(kind, amount, int(rng.integers(2**31)) if kind == "shake" else 0)
+        self.count = int(rng.integers(cfg.min_objects, cfg.max_objects + 1))
+        self.sizes = SIZES if self.count <= 3 else SIZES[:2] if self.count <= 5 else SIZES[:1]
+        self.clearance = CLEARANCE if self.count <= 3 else 0.0
+
+    def pick(self, options):
+        return options[int(self.rng.integers(len(options)))]
+
+    def moment(self, low: float, high: float) -> float:
+        """A time for an event, between two shares of the clip."""
+        return _on_tick(self.rng.uniform(low, high) * self.seconds, self.seconds)
+
+    def scene(self) -> Scene:
+        best, widest = [], -math.inf
+        for _ in range(4):  # a crowded stage is set up anew a few times
+            objects, gap = self.objects()
+            if gap > widest:
+                best, widest = objects, gap
+            if widest >= self.clearance:
+                break
+        order = self.rng.permutation(self.count)
+        background = int(self.rng.integers(self.cfg.backgrounds or 2**31))
+        return Scene(tuple(best[i] for i in order), self.camera, background, self.seconds, self.aspect)
+
+    def objects(self) -> tuple[list[Object], float]:
+        """The objects of a scene and the narrowest gap between any two."""
+        objects: list[Object] = []
+        narrowest = math.inf
+        others = [COLOURS[i] for i in self.rng.permutation(len(COLOURS))]
+        for i in range(self.count):
+            obj, gap = self.place(COLOURS if i == 0 else others[(i - 1) % len(others):][:1], objects)
+            if i == 0:  # colours are distinct, as long as they last
+                others = [c for c in others if c != obj.colour] + [obj.colour]
+            objects.append(obj)
+            narrowest = min(narrowest, gap)
+        return objects, narrowest
+
+    def place(self, colours, others: list[Object]) -> tuple[Object, float]:
+        """An object clear of the others, or after 40 draws the clearest that was met; and its gap to the nearest."""
+        times, seconds = self.times, self.seconds
+        placed = [(_paths(np.array([o.start]), o, _room(o, self.camera, self.aspect), times)[0], radii(o, times, seconds),
+                   visible(o, times)) for o in others]
+        best, widest, draws = None, -math.inf, 0
+        shape = size = colour = ""
+        while best is None or (widest < self.clearance and draws < 40):
+            if not shape or draws % 4 == 0:  # a new look now and then; until then, the same look on another path
+                colour = self.pick(colours)
+                twins = {o.shape for o in others if o.colour == colour}
+                shape, size = self.pick([s for s in SHAPES if s not in twins]), self.pick(self.sizes)
+            obj = self.draw(shape, colour, size)
+            # the first object of a test scene is the one that must be held out
+            if held_out(obj) if self.split == "train" else not others and not held_out(obj):
+                shape = ""
+                continue
+            draws += 1
+            room = _room(obj, self.camera, self.aspect)
+            starts = self.rng.uniform(room[0], room[1], (24, 2))
+            starts = starts[_legible(starts, obj, room, seconds)]
+            if not len(starts):
+                continue
+            gaps = np.full(len(starts), math.inf)
+            path, radius, seen = _paths(starts, obj, room, times), radii(obj, times, seconds), visible(obj, times)
+            for other_path, other_radius, other_seen in placed:
+                apart = path - other_path
+                gap = np.hypot(apart[..., 0], apart[..., 1]) - radius - other_radius  # [k f]
+                gaps = np.minimum(gaps, np.where(seen & other_seen, gap, math.inf).min(-1))
+            chosen = int(np.argmax(np.minimum(gaps, self.clearance)))  # the first that is clear enough, or the clearest
+            if gaps[chosen] > widest:
+                best, widest = replace(obj, start=tuple(float(v) for v in starts[chosen])), float(gaps[chosen])
+        return best, widest
+
+    def draw(self, shape: str, colour: str, size: str) -> Object:
+        """One object of the world, its start still open."""
+        motion, speed = self.pick(self.cfg.motions), SPEEDS[self.pick(self.cfg.speeds)]
+        appear, vanish, growth = 0.0, math.inf, "none"
+        single = motion in MOTIONS
+        growing = self.cfg.growth and not self.camera.kind.startswith("zoom")  # one change of scale at a time
+        extras = ["visibility"] * (self.cfg.visibility and single) + ["growth"] * growing
+        extra = self.pick(extras) if extras and self.rng.random() < 0.35 else ""
+        if extra == "visibility":
+            sort = self.pick(("appear", "vanish", "both"))
+            appear = self.moment(0.15, 0.4) if sort != "vanish" else 0.0
+            vanish = self.moment(0.6, 0.85) if sort != "appear" else math.inf
+        elif extra == "growth":
+            growth = {"small": "grow", "medium": self.pick(("grow", "shrink")), "large": "shrink"}[size]
+        if single:
+            phases = (self.phase(appear, motion, speed),)
+        elif motion == "stop-go":
+            go = self.phase(0.0, "linear", speed)
+            phases = (go, Phase(self.moment(0.22, 0.38), "still"), replace(go, start_s=self.moment(0.55, 0.7)))
+        else:
+            phases = self.sequence(speed)
+        return Object(shape, colour, size, (0.0, 0.0), phases, appear, vanish, growth)
+
+    def phase(self, start_s: float, motion: str, speed: float) -> Phase:
+        if motion == "still":
+            return Phase(start_s, "still")
+        return Phase(start_s, motion, self.pick(DIRECTIONS if motion == "linear" else TURNS), speed)
+
+    def sequence(self, speed: float) -> tuple[Phase, ...]:
+        """Two or three phases, each unlike the one before; half of the time evenly long."""
+        starts = even_starts(int(self.rng.integers(2, 4)), self.seconds)
+        if self.rng.random() < 0.5:
+            starts = [0.0, self.moment(0.3, 0.7)] if len(starts) == 2 else [0.0, self.moment(0.25, 0.4), self.moment(0.6, 0.75)]
+        phases: list[Phase] = []
+        while len(phases) < len(starts):
+            phase = self.phase(starts[len(phases)], self.pick(("linear", "linear", "circle", "still")), speed)
+            if not phases or (phase.motion, phase.direction) != (phases[-1].motion, phases[-1].direction):
+                phases.append(phase)
+        return tuple(phases)
 
 
 def _legible(starts: np.ndarray, obj: Object, room: np.ndarray, seconds: float) -> np.ndarray:
@@ -289,68 +373,10 @@ def _legible(starts: np.ndarray, obj: Object, room: np.ndarray, seconds: float) 
     ok = np.ones(len(starts), bool)
     for phase, end in _stretches(obj, seconds):
         if phase.motion == "linear":
-            way = heading(phase.direction)
-            leg = min(MIN_LEG, phase.speed * (end - phase.start_s)) * way
-            ok &= ((starts + leg >= room[0] - 1e-9) & (starts + leg <= room[1] + 1e-9)).all(-1)
+            reached = starts + heading(phase.direction) * min(MIN_LEG, phase.speed * (end - phase.start_s))
+            ok &= ((reached >= room[0]) & (reached <= room[1])).all(-1)
         elif phase.motion == "circle":
             pivot = _pivot(starts, room)
-            ok &= ((pivot - ORBIT >= room[0] - 1e-9) & (pivot + ORBIT <= room[1] + 1e-9)).all(-1)
+            ok &= ((pivot - ORBIT >= room[0]) & (pivot + ORBIT <= room[1])).all(-1)
         starts = _advance(starts, phase, np.array([end - phase.start_s]), room)[:, 0]
     return ok
-
-
-def _draw(rng, cfg, shape, colour, size, camera, seconds) -> Object:
-    """One object of the world, its start still open."""
-    tick = 1.0 if seconds >= 8 else seconds / 16  # events fall on whole seconds, so that a caption can tell them exactly
-
-    def moment(low: float, high: float) -> float:
-        return tick * round(rng.uniform(low, high) * seconds / tick)
-
-    motion, speed = _pick(rng, cfg.motions), SPEEDS[_pick(rng, cfg.speeds)]
-    appear, vanish, growth = 0.0, math.inf, "none"
-    single = motion in MOTIONS
-    extras = ["visibility"] * (cfg.visibility and single) + ["growth"] * (cfg.growth and not camera.kind.startswith("zoom"))
-    extra = _pick(rng, extras) if extras and rng.random() < 0.35 else ""
-    if extra == "visibility":
-        sort = _pick(rng, ("appear", "vanish", "both"))
-        appear = moment(0.15, 0.4) if sort != "vanish" else 0.0
-        vanish = moment(0.6, 0.85) if sort != "appear" else math.inf
-    elif extra == "growth" and size != "medium":
-        growth = "grow" if size == "small" else "shrink"
-    elif extra == "growth":
-        growth = _pick(rng, GROWTH[1:])
-    if single:
-        phases = (_phase(rng, appear, motion, speed),)
-    elif motion == "stop-go":
-        go = _phase(rng, 0.0, "linear", speed)
-        phases = (go, Phase(moment(0.22, 0.38), "still"), replace(go, start_s=moment(0.55, 0.7)))
-    else:
-        phases = _sequence(rng, speed, seconds, moment)
-    return Object(shape, colour, size, (0.0, 0.0), phases, appear, vanish, growth)
-
-
-def _phase(rng, start_s: float, motion: str, speed: float) -> Phase:
-    if motion == "still":
-        return Phase(start_s, "still")
-    return Phase(start_s, motion, _pick(rng, DIRECTIONS if motion == "linear" else TURNS), speed)
-
-
-def even_starts(count: int, seconds: float) -> list[float]:
-    """When the phases of a sequence begin where its caption tells no times: even parts, on whole seconds."""
-    tick = 1.0 if seconds >= 8 else seconds / 16
-    return [tick * round(i * seconds / count / tick) for i in range(count)]
-
-
-def _sequence(rng, speed: float, seconds: float, moment) -> tuple[Phase, ...]:
-    """Two or three phases, each unlike the one before, half of the time evenly spaced."""
-    count = int(rng.integers(2, 4))
-    starts = even_starts(count, seconds)
-    if rng.random() < 0.5:
-        starts = [0.0, moment(0.3, 0.7)] if count == 2 else [0.0, moment(0.25, 0.4), moment(0.6, 0.75)]
-    phases: list[Phase] = []
-    for start_s in starts:
-        phase = _phase(rng, start_s, _pick(rng, ("linear", "linear", "circle", "still")), speed)
-        while phases and (phase.motion, phase.direction) == (phases[-1].motion, phases[-1].direction):
-            phase = _phase(rng, start_s, _pick(rng, ("linear", "linear", "circle", "still")), speed)
-        phases.append(phase)
-    return tuple(phases)
