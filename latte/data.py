@@ -44,7 +44,7 @@ class WorldClips:
         seconds = stage.frames / fps
         scene = sample_scene(keyed.rng(self.seed, "scene", scene_id), self.cfg.world, "train", seconds, stage.width / stage.height)
         frames = render(scene, stage.height, stage.width, np.arange(stage.frames) / fps)
-        return frames, caption(scene, keyed.rng(self.seed, "caption", position), "train")
+        return frames, caption(scene, keyed.rng(self.seed, "caption", scene_id), "train")
 
 
 class FolderClips:

@@ -14,8 +14,6 @@ from transformers import AutoModelForTextEncoding, AutoTokenizer
 
 from latte.config import TextConfig
 
-CACHE_BYTES = 256 * 2**20  # states of captions seen before; about 8,000 captions of MiniLM, or 130 long ones of T5-XXL
-
 
 class TextEncoder:
     """A frozen text encoder (T5, mT5, UMT5, BERT and its kin, CLIP text) and its tokenizer.
@@ -36,7 +34,7 @@ class TextEncoder:
                              f"transformers can load ({error})") from error
         self.model = model.eval().requires_grad_(False).to(device)
         self.width = model.config.hidden_size
-        self.max_tokens = cfg.max_tokens
+        self.max_tokens, self.cache_bytes = cfg.max_tokens, cfg.cache_mib * 2**20
         self._cache: dict[str, Tensor] = {}
         self._cached_bytes = 0
 
@@ -63,7 +61,7 @@ class TextEncoder:
             states = self.model(tokens.input_ids.to(self.model.device)).last_hidden_state[0]  # [l d]
             self._cache[caption] = states
             self._cached_bytes += states.nbytes
-            while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
+            while self._cached_bytes > self.cache_bytes and len(self._cache) > 1:
                 self._cached_bytes -= self._cache.pop(next(iter(self._cache))).nbytes  # the oldest
         return self._cache[caption]
 

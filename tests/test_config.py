@@ -42,7 +42,7 @@ def test_overrides_reach_nested_keys_lists_and_numbers():
     ("justaword", "justaword"),
     ("data.source=folder", "data.path"),
     ("codec.kind=autoencoder", "codec.path"),
-    ("diffusion.kind=ddpm diffusion.prediction=velocity", "diffusion.kind"),
+    ("diffusion.kind=ddpm diffusion.prediction=velocity", "diffusion.prediction"),
     ("model.out_channels=5", "model.out_channels"),
     ("model.out_channels=6", "model.out_channels"),
     ("train.micro_batches=3", "stages.0.batch_size"),
