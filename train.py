@@ -39,78 +39,82 @@ def train(cfg: config.Config) -> int:
 
     clips = open_clips(cfg.data, cfg.seed, cfg.stages)
     text, codec = TextEncoder(cfg.text, device), VideoCodec(cfg.codec, device)
+    for key, needed in (("text_channels", text.width), ("in_channels", codec.channels)):
+        if getattr(cfg.model, key) != needed:
+            raise ValueError(f"model.{key}: must be {needed} for this text encoder and codec, got {getattr(cfg.model, key)}")
     torch.manual_seed(cfg.seed)  # initial weights only; training draws keyed numbers
     model = Latte(cfg.model).to(device)
     optimizer, ema = make_optimizer(model, cfg.optim), EMA(model, cfg.optim.ema_decay)
 
-    start = 0
+    start, changed = 0, []
     if checkpoint.latest(cfg.run):
         found = checkpoint.read(cfg.run)
         start = checkpoint.load(found, model, ema, optimizer)
+        before, now = config.to_dict(found.config), config.to_dict(cfg)
+        changed = [key for key in now if key not in ("run", "train", "preview") and now[key] != before[key]]
     raw, raw_optimizer = model, optimizer
     if cfg.train.compile:
         for block in [*raw.spatial, *raw.temporal]:
             block.compile()
     model, optimizer = accelerator.prepare(model, optimizer)
 
-    log = RunLog(cfg, accelerator, start)
-    log.say(f"{cfg.run}: {'update ' + str(start) + ' of' if start else 'starting'} {cfg.total_steps} updates on {ranks} process(es), {device}")
-    if isinstance(clips, FolderClips):
-        log.say(f"{len(clips.clips)} clips" + "".join(f"\nleft out {path}: {why}" for path, why in clips.dropped.items()))
-    stop = _Stop()
-    window = _Window(device)
+    with contextlib.closing(RunLog(cfg, accelerator, start)) as log:
+        log.say(f"{cfg.run}: from update {start} to {cfg.total_steps} on {ranks} process(es), {device.type}")
+        if changed:
+            log.say(f"warning: not the settings that this run began with: {', '.join(changed)}")
+        if isinstance(clips, FolderClips):
+            log.say(f"{len(clips.clips)} clips" + "".join(f"\nleft out {path}: {why}" for path, why in clips.dropped.items()))
+        stop = _Stop()
+        window = _Window(device)
 
-    for batch in make_loader(clips, cfg.data, cfg.stages, cfg.seed, start, rank, ranks):
-        window.waited()
-        stage, step = cfg.stages[batch.stage], batch.step
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, cfg.optim, cfg.total_steps)
-        for index, part in enumerate(_split(batch, cfg.train.micro_batches)):
-            last = index == cfg.train.micro_batches - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                losses = _losses(part, cfg, model, text, codec, device)
-                # the sum over all parts and processes is the mean over the batch: DDP averages, so ranks multiply
-                accelerator.backward(losses.sum() * (ranks / stage.batch_size))
-                window.loss += losses.detach().sum() * (ranks / stage.batch_size)
-        norm = accelerator.clip_grad_norm_(model.parameters(), cfg.optim.grad_clip or float("inf"))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if not accelerator.optimizer_step_was_skipped:
-            ema.update(raw, step)
-        window.count(stage.batch_size, stage.batch_size * stage.frames)
-        log.step(batch.stage)
+        for batch in make_loader(clips, cfg.data, cfg.stages, cfg.seed, start, rank, ranks):
+            window.waited()
+            stage, step = cfg.stages[batch.stage], batch.step
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step, cfg.optim, cfg.total_steps)
+            for index, part in enumerate(_split(batch, cfg.train.micro_batches)):
+                last = index == cfg.train.micro_batches - 1
+                with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                    losses = _losses(part, cfg, model, text, codec, device)
+                    # the sum over all parts and processes is the mean over the batch: DDP averages, so ranks multiply
+                    accelerator.backward(losses.sum() * (ranks / stage.batch_size))
+                    window.loss += losses.detach().sum() * (ranks / stage.batch_size)
+            norm = accelerator.clip_grad_norm_(model.parameters(), cfg.optim.grad_clip or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if not accelerator.optimizer_step_was_skipped:
+                ema.update(raw, step)
+            window.count(stage.batch_size, stage.batch_size * stage.frames)
+            log.step(batch.stage)
 
-        done, final = step + 1, step + 1 == cfg.total_steps
-        signalled = _anywhere(stop.signalled, accelerator)
-        stage_ends = final or cfg.stage_at(done) != batch.stage
-        if done % cfg.train.log_every_steps == 0 or done == 1 or stage_ends or signalled:
-            values = window.close(accelerator)
-            if not np.isfinite(values["loss"]):
-                raise ValueError(f"the loss is {values['loss']} near update {done}; the newest checkpoint in {cfg.run} is from before")
-            log.metrics(done, {"stage": batch.stage, **values, "grad_norm": norm.item(), "lr": lr_at(step, cfg.optim, cfg.total_steps)})
-        if done % cfg.train.save_every_steps == 0 or stage_ends or signalled:
-            if accelerator.is_main_process:
-                checkpoint.save(cfg.run, done, cfg, raw, ema, raw_optimizer, cfg.train.keep_checkpoints)
-            accelerator.wait_for_everyone()
-        if cfg.preview.count and (final or (cfg.preview.every_steps and done % cfg.preview.every_steps == 0)):
-            if accelerator.is_main_process:
-                log.metrics(done, preview(cfg, ema, text, codec, device, done, batch.stage, log))
-            accelerator.wait_for_everyone()
-        if signalled and not final:
-            log.say(f"interrupted after update {done}; saved, the same command goes on from there")
-            log.close()
-            return INTERRUPTED
+            done, final = step + 1, step + 1 == cfg.total_steps
+            signalled = _anywhere(stop.signalled, accelerator)
+            save = final or signalled or done % cfg.train.save_every_steps == 0 or cfg.stage_at(done) != batch.stage
+            if save or done == 1 or done % cfg.train.log_every_steps == 0:
+                values = window.close(accelerator)
+                if not np.isfinite(values["loss"]):
+                    raise ValueError(f"the loss became {values['loss']} by update {done}; {cfg.run} keeps the checkpoints before it")
+                log.metrics(done, {"stage": batch.stage, **values, "grad_norm": norm.item(), "lr": group["lr"]})
+            if save:
+                if accelerator.is_main_process:
+                    checkpoint.save(cfg.run, done, cfg, raw, ema, raw_optimizer, cfg.train.keep_checkpoints)
+                accelerator.wait_for_everyone()
+            if cfg.preview.count and (final or (cfg.preview.every_steps and done % cfg.preview.every_steps == 0)):
+                if accelerator.is_main_process:
+                    log.metrics(done, preview(cfg, ema, text, codec, device, done, batch.stage, log))
+                accelerator.wait_for_everyone()
+            if signalled and not final:
+                log.say(f"interrupted after update {done}; saved, the same command goes on from there")
+                return INTERRUPTED
 
-    digest = checkpoint.weights_sha256(dict(raw.named_parameters()))
     if accelerator.is_main_process:
+        digest = checkpoint.weights_sha256(dict(raw.named_parameters()))
         (Path(cfg.run) / "parameters.sha256").write_text(digest + "\n")
-    log.close()
-    if accelerator.is_main_process:
         print(f"parameters sha256: {digest}")
     return 0
 
 
-def _losses(part: Batch, cfg: config.Config, model: torch.nn.Module, text: TextEncoder, codec: VideoCodec, device) -> torch.Tensor:
+def _losses(part: Batch, cfg: config.Config, model: torch.nn.Module, text: TextEncoder, codec: VideoCodec, device):
     """Loss of every sample of a part of the batch, [b]; all randomness is keyed by (seed, position, purpose)."""
     with torch.no_grad():
         x0 = codec.encode(part.frames.to(device))  # [b f c h w]
@@ -119,7 +123,8 @@ def _losses(part: Batch, cfg: config.Config, model: torch.nn.Module, text: TextE
     tokens = x0.shape[1] * x0.shape[3] * x0.shape[4] // cfg.model.patch_size ** 2
     draws = [keyed.rng(cfg.seed, "time", p).random() for p in part.positions]
     times = diffusion.draw_times(cfg.diffusion, torch.tensor(draws, dtype=torch.float64), tokens).to(device)  # [b]
-    frame_times = part.frame_times.to(device)
+    frame_times = torch.arange(x0.shape[1]) * (codec.time_factor * cfg.data.base_fps / part.fps[:, None])  # [b f]
+    frame_times = frame_times.to(device)
 
     def model_fn(x, t, cond):
         return model(x, t, frame_times=frame_times, **cond)
@@ -129,7 +134,8 @@ def _losses(part: Batch, cfg: config.Config, model: torch.nn.Module, text: TextE
 
 
 @torch.no_grad()
-def preview(cfg: config.Config, ema: EMA, text: TextEncoder, codec: VideoCodec, device, done: int, stage_index: int, log: RunLog) -> dict:
+def preview(cfg: config.Config, ema: EMA, text: TextEncoder, codec: VideoCodec, device, done: int, stage_index: int,
+            log: RunLog) -> dict[str, float]:
     """Samples preview videos from the EMA weights into the run's folder; returns judge scores for the embedded world."""
     stage = cfg.stages[stage_index]
     frames, fps = cfg.preview.frames or stage.frames, max(stage.fps)
@@ -172,13 +178,14 @@ def plan(cfg: config.Config) -> str:
         total += work * stage.steps
         lines.append(f"{index:5d} {stage.steps:7d} {stage.frames:7d} {stage.height:7d} {stage.width:6d} {stage.batch_size:6d}"
                      f" {f * h * w // cfg.model.patch_size ** 2:12d} {work:13.1f}")
-    return "\n".join([*lines, f"all stages: {cfg.total_steps} updates, {total / 1e6:.3f} PFLOP with {cfg.text.max_tokens} text tokens"])
+    lines.append(f"all stages: {cfg.total_steps} updates, {total / 1e6:.3f} PFLOP with {cfg.text.max_tokens} text tokens")
+    return "\n".join(lines)
 
 
 def _split(batch: Batch, parts: int) -> list[Batch]:
     size = -(-len(batch.positions) // parts)
     cuts = [slice(i, i + size) for i in range(0, len(batch.positions), size)]
-    return [Batch(batch.step, batch.stage, batch.positions[c], batch.frames[c], batch.frame_times[c], batch.captions[c]) for c in cuts]
+    return [Batch(batch.step, batch.stage, batch.positions[c], batch.frames[c], batch.fps[c], batch.captions[c]) for c in cuts]
 
 
 def _anywhere(flag: bool, accelerator: Accelerator) -> bool:

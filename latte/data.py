@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from latte import keyed, video
+from latte.codec import to_tensor
 from latte.config import DataConfig, StageConfig
 from latte.world.caption import caption
 from latte.world.render import render
@@ -28,7 +29,7 @@ class Batch:
     stage: int
     positions: list[int]
     frames: torch.Tensor  # [b f 3 h w] in [-1, 1]
-    frame_times: torch.Tensor  # [b f] in frames at the base rate
+    fps: torch.Tensor  # [b] frames per second of each clip
     captions: list[str]  # empty where dropped
 
 
@@ -133,18 +134,12 @@ class _Samples(Dataset):
         frames, text = self.clips.clip(position, stage, fps)
         if keyed.rng(self.seed, "caption dropout", position).random() < self.cfg.caption_dropout:
             text = ""
-        times = torch.arange(stage.frames) * (self.cfg.base_fps / fps)
-        return Batch(step, index, [position], video_tensor(frames), times[None], [text])
-
-
-def video_tensor(frames: np.ndarray) -> torch.Tensor:
-    """uint8 [f h w 3] -> float32 [1 f 3 h w] in [-1, 1]."""
-    return torch.from_numpy(frames).permute(0, 3, 1, 2)[None].float().div(127.5).sub(1)
+        return Batch(step, index, [position], to_tensor(frames), torch.tensor([fps]), [text])
 
 
 def _collate(samples: list[Batch]) -> Batch:
     return Batch(samples[0].step, samples[0].stage, [p for s in samples for p in s.positions], torch.cat([s.frames for s in samples]),
-                 torch.cat([s.frame_times for s in samples]), [c for s in samples for c in s.captions])
+                 torch.cat([s.fps for s in samples]), [c for s in samples for c in s.captions])
 
 
 def _shuffled(position: int, size: int, seed: int) -> int:

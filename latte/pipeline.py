@@ -38,12 +38,12 @@ class Pipeline:
         def noise(*key: int | str) -> torch.Tensor:
             return torch.from_numpy(np.stack([keyed.normal(shape, seed, *key) for seed in seeds])).to(self.device)
 
-        model_fn = _model_fn(self.model, torch.arange(shape[0], device=self.device) * (self.cfg.data.base_fps / fps))
+        model_fn = _model_fn(self.model, torch.arange(shape[0], device=self.device) * (self.codec.time_factor * self.cfg.data.base_fps / fps))
         model_fn = sampler.guidance(model_fn, self.condition([""] * len(prompts)), settings.guidance)
         tokens = shape[0] * shape[2] * shape[3] // self.cfg.model.patch_size ** 2
         latents = sampler.sample(model_fn, noise("sample"), self.condition(prompts), self.cfg.diffusion, settings, tokens,
                                  noise_fn=lambda step: noise("ancestral", step), progress=progress)
-        return np.stack([to_frames(clip) for clip in self.codec.decode(latents)])
+        return to_frames(self.codec.decode(latents, frames))
 
     def condition(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         states, mask = self.text.encode(prompts)
