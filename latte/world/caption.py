@@ -7,7 +7,6 @@ reads both sets: it cuts a text into known phrases, longest first, and lets each
 
 import math
 import re
-from dataclasses import replace
 
 import numpy as np
 
@@ -80,15 +79,18 @@ VERBS = {
                ("orbits|orbiting", "loops around|looping around", "follows a circular path|following a circular path")),
     "still": (("stays still|staying still", "does not move|not moving", "rests in place|resting in place"),
               ("remains motionless|remaining motionless", "keeps its place|keeping its place", "stays put|staying put")),
-    "stop": (("stops|stopping", "comes to rest|coming to rest"), ("halts|halting", "comes to a standstill|coming to a standstill")),
+    "stop": (("stops|stopping", "comes to rest|coming to rest"),
+             ("halts|halting", "comes to a standstill|coming to a standstill")),
     "go": (("moves on|moving on", "continues the same way|continuing the same way", "sets off again|setting off again"),
            ("carries on|carrying on", "resumes its way|resuming its way")),
     "pause": (("pauses from|pausing from",), ("takes a break between|taking a break between",)),
     "appear": (("appears|appearing", "comes into view|coming into view"), ("shows up|showing up", "emerges|emerging")),
-    "vanish": (("vanishes|vanishing", "disappears|disappearing"), ("goes out of sight|going out of sight", "is gone|being gone")),
+    "vanish": (("vanishes|vanishing", "disappears|disappearing"),
+               ("goes out of sight|going out of sight", "is gone|being gone")),
     "between": (("is only there from|being only there from",), ("exists only between|existing only between",)),
     "grow": (("grows|growing", "gets bigger|getting bigger"), ("becomes larger|becoming larger", "expands|expanding")),
-    "shrink": (("shrinks|shrinking", "gets smaller|getting smaller"), ("becomes smaller|becoming smaller", "contracts|contracting")),
+    "shrink": (("shrinks|shrinking", "gets smaller|getting smaller"),
+               ("becomes smaller|becoming smaller", "contracts|contracting")),
     "bounce": (("bounces off the edges|bouncing off the edges", "bounces back from the walls|bouncing back from the walls"),
                ("rebounds at the borders|rebounding at the borders",)),
 }
@@ -119,36 +121,44 @@ HALF_WORDS = (("halfway through",), ("at the midpoint",))
 TIME_WORDS = (("at {} seconds", "after {} seconds", "{} seconds in"), ("at the {} second mark", "once {} seconds have passed"))
 BACKGROUND_WORDS = (("the background is grey.", "behind lies a dark textured background."),
                     ("a cloudy grey backdrop fills the rest.",))
-ORDERS = {2: (("first {}, then {}", "{} and then {}", "{}, then {}"), ("to begin with {}, afterwards {}", "initially {}, later {}")),
+ORDERS = {2: (("first {}, then {}", "{} and then {}", "{}, then {}"),
+              ("to begin with {}, afterwards {}", "initially {}, later {}")),
           3: (("first {}, then {}, and finally {}", "{}, then {}, then {}", "{}, then {} and at last {}"),
               ("to begin with {}, afterwards {}, in the end {}", "initially {}, later {}, ultimately {}"))}
 # {a}: "a small red circle", {n}: the same without article, {does} and {doing}: what it does, in the verb's two forms.
 STRUCTURES = (
     (
         "{a} {does}.", "{a} {doing}.", "{n} {doing}.", "one {n} {does}.", "the {n} {does}.", "{a} is seen {doing}.",
-        "there is {a} {doing}.", "there is {a} that {does}.", "there is {a}. it {does}.", "{a}. it {does}.", "{a} which {does}.",
-        "we see {a} {doing}.", "we see how {a} {does}.", "you can see {a} {doing}.", "watch {a} {doing}.", "here {a} {does}.",
-        "a video of {a} {doing}.", "a video of {a} that {does}.", "a clip in which {a} {does}.", "a short film about {a} {doing}.",
-        "in this video, {a} {does}.", "in the picture, {a} {does}.", "on the screen, {a} {does}.", "in the scene {a} {does}.",
+        "there is {a} {doing}.", "there is {a} that {does}.", "there is {a}. it {does}.", "{a}. it {does}.",
+        "{a} which {does}.", "we see {a} {doing}.", "we see how {a} {does}.", "you can see {a} {doing}.",
+        "watch {a} {doing}.", "here {a} {does}.", "a video of {a} {doing}.", "a video of {a} that {does}.",
+        "a clip in which {a} {does}.", "a short film about {a} {doing}.", "in this video, {a} {does}.",
+        "in the picture, {a} {does}.", "on the screen, {a} {does}.", "in the scene {a} {does}.",
         "this clip shows {a} {doing}.", "the video shows how {a} {does}.", "the scene has {a} that {does}.", "{doing}: {a}.",
-        "{doing}, {a} is on the screen.", "a {shape} {does}. it is {size} and {colour}.", "a {colour} {shape} {does}. it is {size}.",
-        "a {size} {shape} {does}. its colour is {colour}.", "a {size} {shape} of {colour} colour {does}.",
-        "a {shape}, {size} and {colour}, {does}.", "a {colour} {shape} of {size} size {does}.", "a {colour}, {size} {shape} {does}.",
+        "{doing}, {a} is on the screen.", "a {shape} {does}. it is {size} and {colour}.",
+        "a {colour} {shape} {does}. it is {size}.", "a {size} {shape} {does}. its colour is {colour}.",
+        "a {size} {shape} of {colour} colour {does}.", "a {shape}, {size} and {colour}, {does}.",
+        "a {colour} {shape} of {size} size {does}.", "a {colour}, {size} {shape} {does}.",
         "a {shape} that is {colour} and {size} {does}.", "something {size} and {colour} {does}: a {shape}.",
         "an object {does}. it is a {size} {colour} {shape}.", "{size}, {colour}, {shape}: it {does}.",
     ),
     (
-        "imagine {a} that {does}.", "picture {a} as it {does}.", "behold {a}, which {does}.", "an animation where {a} {does}.",
-        "the footage contains {a} and it {does}.", "you are looking at {a} {doing}.", "{a} can be observed {doing}.",
-        "the subject is {a}. during the recording it {does}.", "{doing} is what {a} does.", "in front of us {a} {does}.",
-        "a {shape} {does}, {colour} in colour and {size} in size.", "its shape: {shape}, its colour: {colour}, its size: {size}, it {does}.",
-        "with {colour} as its colour, a {size} {shape} {does}.", "the thing that {does} is a {colour} {shape}, {size} of format.",
+        "imagine {a} that {does}.", "picture {a} as it {does}.", "behold {a}, which {does}.",
+        "an animation where {a} {does}.", "the footage contains {a} and it {does}.", "you are looking at {a} {doing}.",
+        "{a} can be observed {doing}.", "the subject is {a}. during the recording it {does}.", "{doing} is what {a} does.",
+        "in front of us {a} {does}.", "a {shape} {does}, {colour} in colour and {size} in size.",
+        "its shape: {shape}, its colour: {colour}, its size: {size}, it {does}.",
+        "with {colour} as its colour, a {size} {shape} {does}.",
+        "the thing that {does} is a {colour} {shape}, {size} of format.",
     ),
 )
-
-
 NOUNS = {"shape": SHAPE_WORDS, "colour": COLOUR_WORDS, "size": SIZE_WORDS}
-EXTRA_FILLERS = "an and are is its be has with of in on at to the moving across frame sized coloured against over scene second background while"
+# Words that say nothing of the scene, and spellings, that `parse` takes from people although the grammar does not use them.
+EXTRA_FILLERS = ("an and are be has with moving across frame sized coloured against over while move travel go glide slide head "
+                 "drift drifts drifting fly flies flying run runs running object")
+HINT = "say for example 'a small red circle moves right'"
+SPELLINGS = {"toward": "towards", "color": "colour", "colored": "coloured", "gray": "grey", "traveling": "travelling",
+             "counterclockwise": "counter clockwise"}
 
 
 def caption(scene: Scene, rng: np.random.Generator, split: str = "train") -> str:
@@ -257,7 +267,7 @@ class _Writer:
             elif phase.motion == "circle":
                 parts.append(f"{self.verb(VERBS['circle'], form)} {self.word(TURN_WORDS[phase.direction])}{speed}")
                 speed = ""
-            elif i > 1 and phases[i - 1].motion == "still" and phase == replace(phases[i - 2], start_s=phase.start_s) and self.chance(0.6):
+            elif i > 1 and phases[i - 1].motion == "still" and phase.direction == phases[i - 2].direction and self.chance(0.6):
                 parts.append(self.verb(VERBS["go"], form))  # on in the direction it had before it stopped
             else:
                 parts.append(f"{self.verb(LINEAR_VERBS, form)} {self.word(DIRECTION_WORDS[phase.direction])}{speed}")
@@ -284,19 +294,36 @@ def _key(phrase: str) -> tuple[str, ...]:
 def _lexicon() -> dict[tuple[str, ...], tuple[str, object]]:
     """Every known phrase, as its words -> (kind of act, value); kind "filler" does nothing."""
     known: dict[tuple[str, ...], tuple[str, object]] = {}
+
+    def add(phrase: str, kind: str, value=None) -> None:
+        act = known.setdefault(_key(phrase), (kind, value))
+        assert act == (kind, value), f"{phrase!r} means both {act} and {(kind, value)}"
+
     for kind, table in (("shape", SHAPE_WORDS), ("colour", COLOUR_WORDS), ("size", SIZE_WORDS), ("linear", DIRECTION_WORDS),
                         ("turn", TURN_WORDS), ("speed", SPEED_WORDS), ("camera", CAMERA_WORDS)):
-        known |= {_key(p): (kind, name) for name, words in table.items() for p in (name, *words[0], *words[1])}
-    for verb, words in VERBS.items():
-        known |= {_key(form): (verb, None) for phrase in words[0] + words[1] for form in phrase.split("|")}
-    known |= {_key(p): ("empty", None) for p in EMPTY_WORDS[0] + EMPTY_WORDS[1]}
-    known |= {_key(p): ("object", None) for p in ("an object", "something", "the thing")}
-    known |= {_key(p): ("half", None) for p in HALF_WORDS[0] + HALF_WORDS[1]}
-    known |= {_key(p.format(n).strip(".")): ("count", i) for p in COUNT_WORDS[0] + COUNT_WORDS[1] for i, n in enumerate(COUNTS)}
-    plain = [EXTRA_FILLERS, *(phrase for words in (LINEAR_VERBS, STEADILY, TIME_WORDS, BACKGROUND_WORDS, STRUCTURES, *ORDERS.values())
-                              for part in words for phrase in part)]
-    for word in re.sub(r"\{\w*\}|[^a-z ]", " ", " ".join(plain).replace("|", " ")).split():
-        known.setdefault((word,), ("filler", None))
+        for name, (train, test) in table.items():
+            for phrase in (*train, *test):
+                add(phrase, kind, name)
+    for verb, (train, test) in VERBS.items():
+        for form in "|".join(train + test).split("|"):
+            add(form, verb)
+    for phrase in (*EMPTY_WORDS[0], *EMPTY_WORDS[1]):
+        add(phrase, "empty")
+    for phrase in (*HALF_WORDS[0], *HALF_WORDS[1]):
+        add(phrase, "half")
+    for phrase in ("in a circle", "in circles"):
+        add(phrase, "circle")
+    for phrase in ("an object", "something", "the thing"):
+        add(phrase, "object")
+    for number, name in enumerate(COUNTS):
+        for phrase in (*COUNT_WORDS[0], *COUNT_WORDS[1]):
+            add(phrase.format(name).strip("."), "count", number)
+    words = EXTRA_FILLERS.split()
+    for train, test in (LINEAR_VERBS, STEADILY, TIME_WORDS, BACKGROUND_WORDS, STRUCTURES, *ORDERS.values()):
+        words += re.sub(r"\{\w*\}|[^a-z ]", " ", " ".join(train + test).replace("|", " ")).split()
+    for word in words:
+        if (word,) not in known:
+            add(word, "filler")
     return known
 
 
@@ -310,7 +337,8 @@ def parse(text: str, seconds: float = 16.0, aspect: float = 1.0) -> Scene:
     starts in the middle, speed 0 = any, phases without times evenly long, a camera that is not told static, camera amounts
     in the middle of their range, background 0. ValueError says what a text lacks, or which of its words are unknown.
     """
-    sentences = [_acts(s) for s in re.split(r"[.!?;](?:\s|$)", text.lower().replace("-", " "))]
+    text = re.sub(r"[a-z]+", lambda m: SPELLINGS.get(m[0], m[0]), text.lower().replace("-", " "))
+    sentences = [_acts(s) for s in re.split(r"[.!?;](?:\s|$)", text)]
     unknown = [value for sentence in sentences for kind, value in sentence if kind == "unknown"]
     if unknown:
         raise ValueError(f"unknown words in the caption: {', '.join(map(repr, unknown))}")
@@ -327,10 +355,10 @@ def parse(text: str, seconds: float = 16.0, aspect: float = 1.0) -> Scene:
             if kind in (*NOUNS, "object") and (not drafts or drafts[-1].knows(kind)):
                 drafts.append(_Draft())
             if not drafts:
-                raise ValueError(f"no object is named before {value or kind!r}: say for example 'a small red circle moves right'")
+                raise ValueError(f"the caption names no object before {value or kind!r}: {HINT}")
             drafts[-1].act(kind, value, seconds)
     if not drafts and "empty" not in told:
-        raise ValueError("the caption names no object: say for example 'a small red circle moves right', or 'an empty scene'")
+        raise ValueError(f"the caption names no object: {HINT}, or 'an empty scene'")
     if told.get("count", len(drafts)) != len(drafts):
         raise ValueError(f"the caption counts {told['count']} objects and describes {len(drafts)}")
     kind = told.get("camera", "static")
@@ -419,21 +447,21 @@ class _Draft:
             if not getattr(self, kind):
                 raise ValueError(f"the {self} has no {kind}: say one of {', '.join(table)}")
         if not self.phases:
-            raise ValueError(f"the {self} has no motion: say for example 'moves to the right', 'circles clockwise' or 'stays still'")
+            raise ValueError(f"the {self} has no motion: say for example 'moves to the right' or 'stays still'")
         if ["circle", ""] in self.phases:
             raise ValueError(f"the {self} circles: say clockwise or counter-clockwise")
         events = self.events
         if len(self.times) < len(events):  # phases may come without times, evenly long
             events = [e for e in events if isinstance(e, str)]
         if len(self.times) != len(events):
-            raise ValueError(f"the {self} has {len(self.events)} events and {len(self.times)} times: give each event one time")
+            raise ValueError(f"the {self} has {len(self.times)} times for {len(self.events)} events: say one for each")
         when = dict(zip(events, self.times, strict=True))
         appear, vanish = when.get("appear", 0.0), when.get("vanish", math.inf)
         even = even_starts(len(self.phases), min(vanish, seconds) - appear)
         starts = [appear, *(when.get(i, appear + even[i]) for i in range(1, len(even)))]
-        order = [*starts, min(vanish, seconds)]
+        order = [*starts, vanish if vanish < math.inf else seconds]
         if sorted(set(order)) != order or order[-1] > seconds:
-            raise ValueError(f"the {self} needs times that rise within 0 to {seconds:g} seconds, got {', '.join(f'{t:g}' for t in order)}")
+            raise ValueError(f"the {self} needs times that rise from 0 to {seconds:g} seconds, got {self.times}")
         phases = tuple(Phase(start_s, motion, direction, 0.0 if motion == "still" else self.speed)
                        for start_s, (motion, direction) in zip(starts, self.phases, strict=True))
         return Object(self.shape, self.colour, self.size, (aspect / 2, 0.5), phases, appear, vanish, self.growth)

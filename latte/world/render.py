@@ -14,7 +14,7 @@ from latte.world.scene import RGB, Scene, on_screen, visible
 GREY = 63  # mean level of the background
 TINT = np.array((0, 3, 9), np.uint8)  # added to the level in R, G, B: slate
 WORLD = 8.0  # side of the textured square in frame heights; beyond it the background is flat
-OCTAVES = ((0.36, 24.0), (0.12, 16.0))  # (knot distance in frame heights, strength): the level stays in GREY +- sum of strengths
+OCTAVES = ((0.36, 24.0), (0.12, 16.0))  # (knot distance in frame heights, strength): the level stays in GREY +- 40
 
 
 def render(scene: Scene, height: int, width: int, times: np.ndarray) -> np.ndarray:
