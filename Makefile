@@ -27,7 +27,7 @@ bench: $(STAMP)
 # list. All else is pinned, so that nothing more is pulled in.
 $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else "Python 3.11, 3.12 or 3.13 is needed and $(PYTHON) is %d.%d: make PYTHON=python3.11 ..." % v)'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --constraint requirements.lock torch setuptools
 	$(BIN)/python -m pip install --no-deps --requirement requirements.lock
 	$(BIN)/python -m pip install --no-deps --no-build-isolation --editable .

@@ -131,11 +131,10 @@ def test_rotated_and_stretched_pixels_are_shown_upright(tmp_path):
     assert upright[0, 48:].mean() > 190 and upright[0, :16].mean() < 10
     assert video.read(tmp_path / "a.mp4", 0, 1, height=32, width=16)[0, 24:].mean() > 190
 
-    numbered(tmp_path / "wide.mp4", [0], sample_aspect_ratio=Fraction(2, 1))  # shown as 64x32
-    with av.open(str(tmp_path / "wide.mp4")) as container:
-        assert container.streams.video[0].sample_aspect_ratio == 2
-    shown = next(video._decode(tmp_path / "wide.mp4"))
-    assert shown.aspect == 2 and video._picture(shown, 16, 32).shape == (16, 32, 3)
+    # Pixels twice as wide as high: 32x32 of them are shown as 64x32, whose middle half is the bars 2 to 5 of the eight.
+    numbered(tmp_path / "wide.mp4", [40 * i for i in range(62)], sample_aspect_ratio=Fraction(2, 1))
+    middle = video.read(tmp_path / "wide.mp4", 2.4, 1, 25, height=32, width=32)[0]
+    assert numbers(video.read(tmp_path / "wide.mp4", 2.4, 1, 25)) == [0b00111100] and middle[:, 2:-2].min() > 200
 
 
 @pytest.mark.parametrize("side", [64, 66])
@@ -170,14 +169,13 @@ def test_scale_repeats_pixels_and_odd_sides_are_refused(tmp_path):
         video.write(tmp_path / "a.mp4", frames.astype(np.float32))
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "a.mp4"
-    frames = np.zeros((4, 16, 16, 3), np.uint8)
-    video.write(path, frames)
+    video.write(path, np.zeros((4, 16, 16, 3), np.uint8))
     before = path.read_bytes()
-    monkeypatch.setattr(av.VideoFrame, "from_ndarray", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk is full")))
-    with pytest.raises(OSError, match="disk is full"):
-        video.write(path, frames + 9)
+    with pytest.raises(OSError, match="disk is full"), video._renamed_when_whole(path) as part:
+        part.write_bytes(b"half of it")
+        raise OSError("disk is full")
     assert os.listdir(tmp_path) == ["a.mp4"] and path.read_bytes() == before
 
 
