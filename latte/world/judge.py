@@ -18,6 +18,7 @@ from scipy.optimize import linear_sum_assignment
 
 from latte.world.render import GREY, coverage
 from latte.world.scene import (
+    CAMERA_AMOUNTS,
     COLOURS,
     DIRECTIONS,
     GROWTH_FACTOR,
@@ -145,7 +146,8 @@ class Measured:
     area: np.ndarray  # [k] pixels^2, from soft edges
     colour: np.ndarray  # [k 3] RGB of its inside
     misfit: np.ndarray  # [k shapes] squared difference to each shape of the same area, in areas
-    clear: np.ndarray  # [k] bool: whole, inside the frame and touched by nothing else
+    whole: np.ndarray  # [k] bool: as large as in the frames around it
+    clear: np.ndarray  # [k] bool: whole and touched by nothing else
 
 
 def measure(frames: np.ndarray, labels: np.ndarray, one: Track) -> Measured:
@@ -183,16 +185,15 @@ def measure(frames: np.ndarray, labels: np.ndarray, one: Track) -> Measured:
     colour = (pixels * core[..., None]).sum((1, 2)) / core.sum((1, 2))[:, None]
     centre_x = (alpha * (column + 0.5)).sum((1, 2)) / area
     centre_y = (alpha * (row + 0.5)).sum((1, 2)) / area
-    border = (own & ((column == 0) | (column == w - 1) | (row == 0) | (row == h - 1))).any((1, 2))
-    cut = border & (area < 0.9 * _rolling(area, 17, 75))  # at the wall an object touches the border and is whole
-    clear = ~cut & ~(other & reach).any((1, 2))
+    whole = area > 0.9 * _rolling(area, 33, 75)  # neither behind something nor cut by the frame
+    clear = whole & ~(other & reach).any((1, 2))
     x = (column + 0.5 - centre_x[:, None, None]).astype(np.float32)
     y = (row + 0.5 - centre_y[:, None, None]).astype(np.float32)
     misfit = np.empty((len(index), len(SHAPES)))
     for i, shape in enumerate(SHAPES):
         radius = np.sqrt(area / AREAS[i]).astype(np.float32)[:, None, None]
         misfit[:, i] = (((coverage(shape, x, y, radius) - alpha) * inside) ** 2).sum((1, 2)) / area
-    return Measured(index, np.stack([centre_x, centre_y], -1), area, colour, misfit, clear)
+    return Measured(index, np.stack([centre_x, centre_y], -1), area, colour, misfit, whole, clear)
 
 
 def _widen(mask: np.ndarray, by: int) -> np.ndarray:
@@ -210,47 +211,154 @@ def _rolling(values: np.ndarray, window: int, percentile: float) -> np.ndarray:
     return np.percentile(np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1), percentile, axis=1)
 
 
+# ---- the camera
+
+
+def register(frames: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Follows the camera by the background, directly on intensities (Lucas and Kanade 1981; Baker and Matthews 2004).
+
+    Each frame is aligned with the middle one by shift, magnification and a change of brightness, from its neighbour's answer.
+    Returns the view [f 3] as of Camera.view(), relative to the middle frame, and what remains, root mean square [f] in levels.
+    """
+    f, h, w, _ = frames.shape
+    grey = frames.mean(-1, dtype=np.float32)
+    ground = (labels == 0).astype(np.uint8)
+    scale = min(1.0, 64 / min(h, w))
+    size = (round(w * scale), round(h * scale))
+    grey = np.stack([cv2.GaussianBlur(cv2.resize(g, size, interpolation=cv2.INTER_AREA), (3, 3), 0) for g in grey])
+    ground = np.stack([cv2.erode(cv2.resize(g, size, interpolation=cv2.INTER_NEAREST), np.ones((5, 5), np.uint8)) for g in ground])
+    h, w = grey.shape[1:]
+    x = ((np.arange(w) + 0.5) / h - w / h / 2).astype(np.float32)
+    y = ((np.arange(h) + 0.5) / h - 0.5).astype(np.float32)[:, None]
+    middle = f // 2
+    still, solid = grey[middle], ground[middle].astype(np.float32)
+    view, rest = np.zeros((f, 3)), np.zeros(f)
+    for t in (*range(middle + 1, f), *range(middle - 1, -1, -1)):
+        guess = view[t - 1 if t > middle else t + 1].copy()  # x, y, log magnification
+        for _ in range(5):
+            zoom = math.exp(-guess[2])
+            shift = [(guess[i] + (0.5 / h - half) * zoom + half) * h - 0.5 for i, half in enumerate((w / h / 2, 0.5))]
+            warp = np.array([[zoom, 0, shift[0]], [0, zoom, shift[1]]])
+            seen = cv2.warpAffine(still, warp, (w, h), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+            known = cv2.warpAffine(solid, warp, (w, h), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+            use = (cv2.erode(known, np.ones((3, 3), np.uint8)) > 0.99) & (ground[t] > 0)  # slopes reach one pixel further
+            if use.sum() < 32:
+                break
+            right, down = cv2.Sobel(seen, cv2.CV_32F, 1, 0, scale=h / zoom / 8), cv2.Sobel(seen, cv2.CV_32F, 0, 1, scale=h / zoom / 8)
+            slopes = np.stack([right[use], down[use], (-zoom * (x * right + y * down))[use], np.ones(use.sum(), np.float32)], -1)
+            left = (grey[t] - seen)[use]
+            step = np.linalg.solve(slopes.T @ slopes + np.diag([400, 400, 400, 1]), slopes.T @ left)
+            guess += step[:3]
+            rest[t] = math.sqrt(max(float(left @ left - step @ (slopes.T @ left)), 0) / len(left))
+            if np.abs(step[:3]).max() < 3e-4:
+                break
+        view[t] = guess
+    view[:, 2] = np.exp(view[:, 2])
+    return view, rest
+
+
+def name_camera(view: np.ndarray, fps: float, seconds: float) -> tuple[Camera, np.ndarray]:
+    """The kind of camera that took a view [f 3] relative to any of its frames, and that view on the scene's own terms."""
+    t = np.arange(len(view)) / fps
+    rows = np.stack([view[:, 0], view[:, 1], np.log(view[:, 2])], -1)
+    line = np.polyfit(t / seconds, rows, 1) if len(t) > 1 else np.zeros((2, 3))
+    wobble = (rows - np.outer(t / seconds, line[0]) - line[1])[:, :2].std(0)
+    least = {"pan": CAMERA_AMOUNTS["pan"][0], "tilt": CAMERA_AMOUNTS["tilt"][0], "zoom": math.log(CAMERA_AMOUNTS["zoom"][0]),
+             "shake": CAMERA_AMOUNTS["shake"][0] / math.sqrt(6)}  # a mean of three sines
+    moved = {"pan": line[0, 0], "tilt": line[0, 1], "zoom": line[0, 2], "shake": np.hypot(*wobble) / math.sqrt(2)}
+    kind = max(least, key=lambda name: abs(moved[name]) / least[name])
+    if abs(moved[kind]) < 0.5 * least[kind]:
+        camera = Camera()
+    elif kind == "shake":
+        camera = Camera("shake", float(np.abs(rows[:, :2] - rows[:, :2].mean(0)).max()))
+    else:
+        forward, backward = {"pan": ("right", "left"), "tilt": ("down", "up"), "zoom": ("in", "out")}[kind]
+        amount = abs(float(moved[kind]))
+        camera = Camera(f"{kind}-{forward if moved[kind] > 0 else backward}", math.exp(amount) if kind == "zoom" else amount)
+    if camera.kind == "static":
+        return camera, np.tile([0.0, 0.0, 1.0], (len(t), 1))
+    ideal = camera.view(t, seconds) if camera.kind != "shake" else np.array([[0.0, 0.0, 1.0]])
+    rows += np.stack([ideal[:, 0], ideal[:, 1], np.log(ideal[:, 2])], -1).mean(0) - rows.mean(0)
+    if kind != "zoom":
+        rows[:, 2] = 0
+    else:
+        rows[:, :2] = 0
+    return camera, np.stack([rows[:, 0], rows[:, 1], np.exp(rows[:, 2])], -1)
+
+
 # ---- paths: unfolding at the walls, and phases
 
 
-def unfold(path: np.ndarray, fps: float, room: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Undoes the bounces of a path [k 2] (one row a frame) off the walls of `room` [2 2].
+@dataclass(frozen=True)
+class Bounce:
+    frame: int  # the last before it
+    axis: int
+    wall: float  # where the path turns round
+    sure: bool
 
-    A bounce is a kink near a wall that turns one component of the velocity round and keeps its size. What follows is mirrored
-    so that the path runs on. Returns the path [k 2] and, for each frame, whether it is mirrored: signs [k 2] of 1 or -1.
+
+def bounces(path: np.ndarray, fps: float, room: np.ndarray) -> list[Bounce]:
+    """Where a path [k 2] (one row a frame) turns round at the walls of `room` [2 2], by time.
+
+    A bounce is a kink near a wall that turns one component of the velocity round and keeps its size; it is sure if the other
+    component keeps its size too, which it does not where a circling begins, nor where another bounce follows at once.
     """
     k, window = len(path), max(2, round(0.75 * fps))
-    straight, signs = path.copy(), np.ones((k, 2))
     at = np.arange(1, k - 2)  # a bounce between frames at and at + 1; two frames at least on either side
     if not len(at):
-        return straight, signs
+        return []
     t = np.arange(1 - window, window + 1)
     frame = at[:, None] + t  # [p 2 window]
     there = (frame >= 0) & (frame < k)
+    rows = path[frame.clip(0, k - 1)]  # [p 2 window, 2]
+    lines = [[_line(rows[..., axis], t, there & side) for side in (t <= 0, t > 0)] for axis in range(2)]
+    found = []
     for axis in range(2):
-        x = path[frame.clip(0, k - 1), axis]
-        before, level, miss_before = _weighted_line(x, t, there & (t <= 0))
-        after, _, miss_after = _weighted_line(x, t, there & (t > 0))
+        (before, level, miss_before), (after, _, miss_after) = lines[axis]
+        (across_before, *_), (across_after, *_) = lines[1 - axis]
         miss = miss_before + miss_after
         wall = np.where(before > 0, room[1, axis], room[0, axis])
         near = np.abs(path[at + 1, axis] + path[at, axis] - 2 * wall) / 2 < 0.05 + 0.5 * np.abs(before)
-        size = np.minimum(np.abs(before), np.abs(after))
-        kink = (before * after < 0) & (size > 0.6 * np.maximum(np.abs(before), np.abs(after))) & (size * fps > 0.012) & near
-        kink &= miss < _parabola_miss(x, t, there)
+        slow, fast = np.minimum(np.abs(before), np.abs(after)), np.maximum(np.abs(before), np.abs(after))
+        kink = near & (before * after < 0) & (slow > 0.6 * fast) & (slow * fps > 0.012)
+        kink &= miss < _parabola_miss(rows[..., axis], t, there)
+        kept = np.abs(np.abs(across_after) - np.abs(across_before)) < 0.4 * np.hypot(fast, across_before)
         run = np.flatnonzero(kink)
         for group in np.split(run, np.flatnonzero(np.diff(run) > window) + 1):
             if len(group):
                 best = group[miss[group].argmin()]
-                i, later = at[best], there[best] & (t > 0)
-                mirror = (level[best] + before[best] * t + x[best])[later].mean() / 2  # where the path would run on from
-                sign = signs[i, axis]
-                offset = straight[i, axis] - sign * path[i, axis]
-                signs[i + 1 :, axis] = -sign
-                straight[i + 1 :, axis] = sign * (2 * mirror - path[i + 1 :, axis]) + offset
+                later = there[best] & (t > 0)  # the wall is half way between the path and where it would have run on
+                turn = (level[best] + before[best] * t + rows[best, :, axis])[later].mean() / 2
+                found.append(Bounce(int(at[best]), axis, float(turn), bool(kept[best])))
+    return sorted(found, key=lambda b: b.frame)
+
+
+def unfold(path: np.ndarray, turns: list[Bounce]) -> tuple[np.ndarray, np.ndarray]:
+    """Undoes bounces: mirrors what follows each, so that the path [k 2] runs on; and 1 or -1 for each frame's axes, [k 2]."""
+    straight, signs = path.copy(), np.ones(path.shape)
+    for one in turns:
+        later = slice(one.frame + 1, None)
+        wall = straight[one.frame, one.axis] + signs[one.frame, one.axis] * (one.wall - path[one.frame, one.axis])
+        straight[later, one.axis] = 2 * wall - straight[later, one.axis]
+        signs[later, one.axis] *= -1
     return straight, signs
 
 
-def _weighted_line(x: np.ndarray, t: np.ndarray, use: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def follow(path: np.ndarray, fps: float, room: np.ndarray) -> tuple[np.ndarray, np.ndarray, list["Leg"]]:
+    """Unfolds a path [k 2] and cuts it into legs; a bounce that is not sure is one only if that makes the legs plainer."""
+    turns = bounces(path, fps, room)
+    straight, signs = unfold(path, turns)
+    found, cost = legs(straight, fps)
+    for one in [turn for turn in turns if not turn.sure]:
+        fewer = [turn for turn in turns if turn is not one]
+        other = unfold(path, fewer)
+        other_found, other_cost = legs(other[0], fps)
+        if other_cost < cost:
+            turns, (straight, signs), found, cost = fewer, other, other_found, other_cost
+    return straight, signs, found
+
+
+def _line(x: np.ndarray, t: np.ndarray, use: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Least-squares slope, level at t = 0 and squared residual [p] of rows x [p w] over t [w], where `use` [p w] says."""
     n = use.sum(1)
     mean_t, mean_x = (use * t).sum(1) / n, (use * x).sum(1) / n
@@ -365,15 +473,15 @@ class Leg:
         return float(abs(self.velocity[0]) * self.velocity[1] if self.motion == "circle" else np.hypot(*self.velocity))
 
 
-def legs(straight: np.ndarray, fps: float) -> list[Leg]:
-    """Cuts an unfolded path [k 2] into stretches of rest, straight motion and circling by dynamic programming."""
+def legs(straight: np.ndarray, fps: float) -> tuple[list[Leg], float]:
+    """Cuts an unfolded path [k 2] into rest, straight motion and circling by dynamic programming; also its cost."""
     k = len(straight)
     least = max(3, round(0.9 * fps))
     fits = Fits(straight, fps)
     jitter = np.diff(straight, 2, axis=0)
     noise = max(0.003, float(np.median(np.abs(jitter))) * 0.6) if len(jitter) else 0.003
     if k < 2 * least:
-        return [Leg(0, *fits.best(0, k, noise))]
+        return [Leg(0, *fits.best(0, k, noise))], 0.0
     stride = 2 if fps >= 6 else 1
     nodes = np.append(np.arange(0, k - least + 1, stride), k)
     i, j = np.meshgrid(np.arange(len(nodes)), np.arange(len(nodes)), indexing="ij")
@@ -399,7 +507,7 @@ def legs(straight: np.ndarray, fps: float) -> list[Leg]:
             a = found.pop().first
             new = Leg(a, *fits.best(a, b, noise))
         found.append(new)
-    return found
+    return found, float(best[-1])
 
 
 # ---- what is seen
@@ -433,7 +541,7 @@ class Observation:
     camera: Camera
     view: np.ndarray  # [f 3] as Camera.view()
     count: np.ndarray  # [f] objects in view
-    background_drift: float  # grey levels between the background of the first and of the last quarter
+    background_drift: float  # levels by which the background's ends differ from its middle frame, the camera undone
     fps: float
     height: int  # pixels
 
@@ -451,14 +559,15 @@ def observe(frames: np.ndarray, fps: float = 8, seconds: float | None = None) ->
     f, h, w, _ = frames.shape
     seconds = seconds or f / fps
     labels = segment(frames)
-    view = np.tile([0.0, 0.0, 1.0], (f, 1))
-    camera = Camera()
+    view, rest = register(frames, labels)
+    camera, view = name_camera(view, fps, seconds)
     tracks = track(labels, fps)
     measured = [measure(frames, labels, one) for one in tracks]
     objects = [_describe(one, m, view, camera, f, h, w, fps, seconds) for one, m in zip(tracks, measured)]
     objects = tuple(_hide(o, [p for p in objects if p is not o]) for o in objects)
     count = np.sum([o.seen | o.hidden for o in objects], 0) if objects else np.zeros(f, int)
-    return Observation(objects, camera, view, count, 0.0, fps, h)
+    ends = np.append(rest[: max(1, f // 4)], rest[-max(1, f // 4) :])
+    return Observation(objects, camera, view, count, float(ends.mean()), fps, h)
 
 
 LAB = cv2.cvtColor(PALETTE[None] / 255, cv2.COLOR_RGB2Lab)[0]
@@ -493,12 +602,11 @@ def _describe(one: Track, m: Measured, view: np.ndarray, camera: Camera, f: int,
     middle = np.array([w / h / 2, 0.5])
     place = middle + view[m.index, :2] + (m.centre / h - middle) / view[m.index, 2:]
     frame = np.arange(m.index[0], m.index[-1] + 1)
-    path = np.stack([np.interp(frame, m.index[clear], place[clear, axis]) for axis in range(2)], -1)
+    path = np.stack([np.interp(frame, m.index[m.whole], place[m.whole, axis]) for axis in range(2)], -1)
     margin = RADII[size] * max(1.0, GROWTH_FACTOR[growth])
     low, high = stage(camera, w / h)
-    straight, signs = unfold(path, fps, np.stack([low + margin, high - margin]))
+    straight, signs, found = follow(path, fps, np.stack([low + margin, high - margin]))
     start_s, end_s = m.index[0] / fps, (m.index[-1] + 1) / fps
-    found = legs(straight, fps)
     told_phases = tuple(_tell(leg, signs[leg.first], start_s + leg.first / fps) for leg in found)
     appear = 0.0 if start_s <= SLACK_S / 2 else start_s
     vanish = math.inf if end_s >= f / fps - SLACK_S / 2 else end_s
@@ -656,7 +764,7 @@ def _look(want: Object, one: Seen, fps: float, clip_s: float, scene: Scene) -> L
 
     curve = np.log(one.radius / (1 + (GROWTH_FACTOR[want.growth] - 1) * np.clip(t / scene.seconds, 0, 1)))
     off = np.abs(curve - np.median(curve[there]))
-    shade = np.linalg.norm(one.lab - np.median(one.lab[there], 0), axis=1)
+    shade = _apart(one.lab, np.median(one.lab[there], 0))
     shade, off = _settled(shade, fps), _settled(off, fps)
     steady = {"presence": float((one.seen | one.hidden)[surely].mean()) if surely.any() else 1.0,
               "colour": float(1 - min(1, np.percentile(shade[there], 95) / 25)),
@@ -671,6 +779,16 @@ def _look(want: Object, one: Seen, fps: float, clip_s: float, scene: Scene) -> L
              "size": float(math.exp(curve[quarter[1]].mean() - curve[quarter[0]].mean()) - 1)}
     return Look({k: bool(v) for k, v in right.items()}, steady, ~np.maximum.accumulate(lost),
                 float(np.concatenate(errors).mean()) if errors else math.nan, drift)
+
+
+GROUND = cv2.cvtColor(np.full((1, 1, 3), GREY / 255, np.float32), cv2.COLOR_RGB2Lab)[0, 0]
+
+
+def _apart(lab: np.ndarray, usual: np.ndarray) -> np.ndarray:
+    """Distance [f] of colours from the usual one, blind to a little background in them: thin shapes have no pure pixel."""
+    ray = usual - GROUND
+    share = np.clip((lab - GROUND) @ ray / max(float(ray @ ray), 1e-6), 0.65, 1.15)
+    return np.linalg.norm(lab - GROUND - share[:, None] * ray, axis=1)
 
 
 def _settled(values: np.ndarray, fps: float) -> np.ndarray:
