@@ -320,6 +320,15 @@ def test_background_moves_with_the_camera():
     assert np.abs(shaken[0] - shaken[1]).max() > 3 and np.abs(np.diff(shaken[0], axis=0)).max() > 3
 
 
+def test_all_sizes_show_the_same_picture(scenes):
+    for scene in scenes["full", "train"][:6]:
+        for objects, most in (((), 0.75), (scene.objects, 60)):  # of 255, where a corner meets a pixel: edges are ramps
+            small, large = (render(replace(scene, objects=objects), n, n, TIMES[::40]) for n in (64, 192))
+            mean = large.reshape(-1, 64, 3, 64, 3, 3).mean((2, 4))
+            assert np.abs(mean - small).max() <= most
+            assert np.abs(mean - small).mean() < 0.6
+
+
 def test_rendering_is_fast(scenes):
     drawn = scenes["whole", "train"][:24]
     best = math.inf
