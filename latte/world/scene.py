@@ -30,8 +30,8 @@ GROWTH = ("none", "grow", "shrink")
 GROWTH_FACTOR = {"none": 1.0, "grow": 1.5, "shrink": 1 / 1.5}  # last / first radius
 SPLITS = ("train", "test")
 # Frame heights per second. At 64 pixels and 8 fps: 0.4 and 0.8 px a frame, far above what a tracker confuses with rest or
-# with each other, yet 0.8 and 1.6 heights in 16 s: one to three bounces on the full stage, six in the tightest (a large
-# object under a pan).
+# with each other, yet only 0.8 and 1.6 heights in 16 s: one or two and two or three bounces on the full stage, counted in
+# each direction; at most six, for a large fast object under a pan or tilt.
 SPEEDS = {"slow": 0.05, "fast": 0.1}
 # Camera.amount is drawn between these, by the first word of the kind.
 CAMERA_AMOUNTS = {"static": (0.0, 0.0), "pan": (0.25, 0.35), "tilt": (0.25, 0.35), "zoom": (1.3, 1.5), "shake": (0.03, 0.04)}
