@@ -135,6 +135,8 @@ def test_rotated_and_stretched_pixels_are_shown_upright(tmp_path):
     numbered(tmp_path / "wide.mp4", [40 * i for i in range(62)], sample_aspect_ratio=Fraction(2, 1))
     middle = video.read(tmp_path / "wide.mp4", 2.4, 1, 25, height=32, width=32)[0]
     assert numbers(video.read(tmp_path / "wide.mp4", 2.4, 1, 25)) == [0b00111100] and middle[:, 2:-2].min() > 200
+    whole = video.read(tmp_path / "wide.mp4", 2.4, 1, 25, height=16, width=64)[0]
+    assert list(whole.reshape(16, 8, 8, 3).mean(axis=(0, 2, 3)) > 128) == [False] * 2 + [True] * 4 + [False] * 2
 
 
 @pytest.mark.parametrize("side", [64, 66])
