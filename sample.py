@@ -24,11 +24,12 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
     if args.prompts:
         if not Path(args.prompts).is_file():
             raise ValueError(f"--prompts: no such file: {args.prompts}")
-        prompts = [line.strip() for line in Path(args.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
+        prompts = [line.strip() for line in lines if line.strip()]
     else:
         prompts = [args.prompt.strip()]
     if not prompts or not all(prompts):
-        raise ValueError("the prompt is empty; say what the video should show, such as --prompt \"a small red circle moves to the left\"")
+        raise ValueError('the prompt is empty; say what to show, such as --prompt "a small red circle moves to the left"')
     return prompts
 
 
@@ -63,8 +64,8 @@ def run(args: argparse.Namespace) -> int:
         video.write(out, shown, args.fps)
         video.contact_sheet(shown, out.with_suffix(".png"))
         out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-        print(f"video:   {out} ({args.frames} frames, {args.fps:g} fps, {args.frames / args.fps:.1f} s), {out.with_suffix('.png').name}, "
-              f"{out.with_suffix('.json').name}")
+        print(f"video:   {out} ({args.frames} frames, {args.fps:g} fps, {args.frames / args.fps:.1f} s)")
+        print(f"beside:  {out.with_suffix('.png').name} (contact sheet), {out.with_suffix('.json').name} (how to repeat it)")
     return 0
 
 

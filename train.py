@@ -93,7 +93,7 @@ def train(cfg: config.Config) -> int:
             if save or done == 1 or done % cfg.train.log_every_steps == 0:
                 values = window.close(accelerator)
                 if not np.isfinite(values["loss"]):
-                    raise ValueError(f"the loss became {values['loss']} by update {done}; {cfg.run} keeps the checkpoints before it")
+                    raise ValueError(f"the loss is {values['loss']} at update {done}; {cfg.run} keeps the checkpoints before it")
                 log.metrics(done, {"stage": batch.stage, **values, "grad_norm": norm.item(), "lr": group["lr"]})
             if save:
                 if accelerator.is_main_process:

@@ -38,10 +38,10 @@ def score(path: str, index: int, wording: str, frames: int, fps: float, seed: in
         PIPELINES[path] = pipeline.load(path)
     pipe = PIPELINES[path]
     stage = pipe.cfg.stages[-1]
-    scene = sample_scene(keyed.rng(seed, "judged scene", index), pipe.cfg.data.world, "test", frames / fps, stage.width / stage.height)
+    world, aspect = pipe.cfg.data.world, stage.width / stage.height
+    scene = sample_scene(keyed.rng(seed, "judged scene", index), world, "test", frames / fps, aspect)
     prompt = caption(scene, keyed.rng(seed, "judged prompt", index), WORDINGS[wording])
-    with torch.autocast("cpu", torch.bfloat16, enabled=pipe.cfg.train.mixed_precision == "bf16"):
-        clip = pipe([prompt], [seed + index], frames, stage.height, stage.width, fps)[0]
+    clip = pipe([prompt], [seed + index], frames, stage.height, stage.width, fps)[0]
     verdict = judge(clip, scene, fps).to_json()
     return {"wording": wording, "index": index, "prompt": prompt, "joint": verdict["joint"], **verdict["scores"],
             "permanence": verdict["permanence"][-1], "velocity_error": verdict["velocity_error"]}
@@ -78,7 +78,8 @@ def main() -> int:
             rows.append(job.result())
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     result = {
-        "command": " ".join(["python", "benchmarks/judge_checkpoint.py", *sys.argv[1:]]), "commit": commit, "versions": checkpoint.versions(),
+        "command": " ".join(["python", "benchmarks/judge_checkpoint.py", *sys.argv[1:]]),
+        "commit": commit, "versions": checkpoint.versions(),
         "checkpoint_step": found.step, "ema_sha256": found.files["ema.safetensors"], "count": args.count, "frames": args.frames,
         "seconds": round(time.perf_counter() - started),
         **{wording: summary([row for row in rows if row["wording"] == wording]) for wording in WORDINGS}, "rows": rows,

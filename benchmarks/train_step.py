@@ -81,8 +81,9 @@ def main() -> int:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     result = {
         "command": " ".join(["python", "benchmarks/train_step.py", *sys.argv[1:]]), "commit": commit,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "versions": checkpoint.versions(), "seconds_median": median, "seconds": [round(s, 4) for s in seconds],
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
+        "threads": torch.get_num_threads(), "versions": checkpoint.versions(),
+        "seconds_median": median, "seconds": [round(s, 4) for s in seconds],
         "tokens_per_s": tokens / median, "tflop_per_step": work / 1e12, "tflop_per_s": work / 1e12 / median,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
     }

@@ -168,7 +168,8 @@ def _copy(target: dict[str, torch.Tensor], source: dict[str, torch.Tensor], path
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     names = {id(p): n for n, p in model.named_parameters()}
-    return {f"{names[id(p)]}/{slot}": torch.as_tensor(value) for p, slots in optimizer.state.items() for slot, value in slots.items()}
+    return {f"{names[id(p)]}/{slot}": torch.as_tensor(value)
+            for p, slots in optimizer.state.items() for slot, value in slots.items()}
 
 
 def _sha256(path: Path) -> str:

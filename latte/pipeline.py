@@ -1,13 +1,13 @@
-"""From prompts to frames: a model, its text encoder, codec and sampler as one callable. Used by sampling, previews and evaluation."""
+"""From prompts to frames: model, text encoder, codec and sampler as one callable, for sampling, previews and evaluation."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
-from latte import checkpoint, diffusion, keyed, sampler
+from latte import checkpoint, keyed, sampler
 from latte.codec import VideoCodec, to_frames
 from latte.config import Config, SamplerConfig
 from latte.model import Latte
@@ -38,8 +38,8 @@ class Pipeline:
         def noise(*key: int | str) -> torch.Tensor:
             return torch.from_numpy(np.stack([keyed.normal(shape, seed, *key) for seed in seeds])).to(self.device)
 
-        model_fn = _model_fn(self.model, torch.arange(shape[0], device=self.device) * (self.codec.time_factor * self.cfg.data.base_fps / fps))
-        model_fn = sampler.guidance(model_fn, self.condition([""] * len(prompts)), settings.guidance)
+        times = torch.arange(shape[0], device=self.device) * (self.codec.time_factor * self.cfg.data.base_fps / fps)  # [f]
+        model_fn = sampler.guidance(self._model_fn(times), self.condition([""]), settings.guidance)
         tokens = shape[0] * shape[2] * shape[3] // self.cfg.model.patch_size ** 2
         latents = sampler.sample(model_fn, noise("sample"), self.condition(prompts), self.cfg.diffusion, settings, tokens,
                                  noise_fn=lambda step: noise("ancestral", step), progress=progress)
@@ -49,9 +49,15 @@ class Pipeline:
         states, mask = self.text.encode(prompts)
         return {"text": states.to(self.device), "text_mask": mask.to(self.device)}
 
+    def _model_fn(self, frame_times: torch.Tensor) -> Callable:
+        """The model as samplers call it, in the precision that it was trained in."""
+        precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.cfg.train.mixed_precision)
 
-def _model_fn(model: nn.Module, frame_times: torch.Tensor) -> Callable:
-    return lambda x, t, cond: model(x, t, frame_times=frame_times, **cond)
+        def model_fn(x, t, cond):
+            with torch.autocast(x.device.type, precision, enabled=precision is not None):
+                return self.model(x, t, frame_times=frame_times, **cond)
+
+        return model_fn
 
 
 def load(path: str, device: torch.device | str = "cpu") -> Pipeline:

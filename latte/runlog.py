@@ -27,13 +27,14 @@ class RunLog:
             config.save(cfg, self.folder / "config.yaml")
             self._metrics = self._open_metrics(start_step)
         if cfg.train.trackers:
-            accelerator.init_trackers(cfg.train.project, config.to_dict(cfg) if "tensorboard" not in cfg.train.trackers else None,
-                                      {"wandb": {"dir": str(self.folder), "name": self.folder.name}})
-        self.bar = tqdm(total=cfg.total_steps, initial=start_step, unit="step", disable=not self.main, mininterval=1.0, smoothing=0.05)
+            shown = None if "tensorboard" in cfg.train.trackers else config.to_dict(cfg)  # tensorboard takes flat settings only
+            accelerator.init_trackers(cfg.train.project, shown, {"wandb": {"dir": str(self.folder), "name": self.folder.name}})
+        self.bar = tqdm(total=cfg.total_steps, initial=start_step, unit="step", disable=not self.main, mininterval=1.0)
 
     def _open_metrics(self, start_step: int):
         path = self.folder / "metrics.jsonl"
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start_step] if path.is_file() else []
+        lines = path.read_text().splitlines() if path.is_file() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= start_step]
         path.write_text("".join(line + "\n" for line in kept))
         return open(path, "a", buffering=1)
 
