@@ -29,15 +29,18 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class HeadNorm(nn.Module):
-    """RMS-normalises queries and keys over the channels of each head; without qk_norm it does nothing."""
+    """RMS norm of queries and keys over the channels of each head; without model.qk_norm it passes them on."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.q = nn.RMSNorm(cfg.head_dim, eps=EPS) if cfg.qk_norm else nn.Identity()
-        self.k = nn.RMSNorm(cfg.head_dim, eps=EPS) if cfg.qk_norm else nn.Identity()
+        self.q = nn.Parameter(torch.ones(cfg.head_dim)) if cfg.qk_norm else None
+        self.k = nn.Parameter(torch.ones(cfg.head_dim)) if cfg.qk_norm else None
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return self.q(q).to(q.dtype), self.k(k).to(k.dtype)
+        if self.q is None:
+            return q, k
+        q, k = (F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), EPS).to(x.dtype) for x, weight in ((q, self.q), (k, self.k)))
+        return q, k
 
 
 class SelfAttention(nn.Module):
