@@ -38,7 +38,10 @@ def run(args: argparse.Namespace) -> int:
     for name in ("frames", "fps", "scale"):
         if getattr(args, name) <= 0:
             raise ValueError(f"--{name}: must be above 0, got {getattr(args, name)}")
-    device = torch.device(args.device)
+    try:
+        device = torch.empty(0, device=args.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: {args.device!r} cannot be used here: {str(error).splitlines()[0]}") from None
     found = checkpoint.read(args.checkpoint)
     pipe = pipeline.load(found.path, device)
     stage = found.config.stages[-1]
