@@ -10,6 +10,7 @@ Units are those of scene.py: frame heights and seconds, in the world (the camera
 
 import math
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 
 import cv2
@@ -38,6 +39,7 @@ from latte.world.scene import (
 
 CHROMA = np.array([[1, -1, 0], [1, 1, -2]], np.float32) / np.sqrt([[2], [6]]).astype(np.float32)  # blind to grey
 HUED = COLOURS[:-1]
+SOLID = 0.36  # coverage from which a pixel is labelled an object's
 WHITE = len(COLOURS)  # labels: 0 = background, 1 + index in COLOURS
 PALETTE = np.array([RGB[c] for c in COLOURS], np.float32)
 HUES = PALETTE[:-1] @ CHROMA.T  # [7 2]
@@ -53,8 +55,8 @@ def _label_table() -> np.ndarray:
     unit = HUES / np.linalg.norm(HUES, axis=1, keepdims=True)
     nearest = (chroma @ unit.T).argmax(1)
     share = (chroma * HUES[nearest]).sum(1) / (HUES[nearest] ** 2).sum(1)  # how much of the pixel the object covers
-    white = rgb.min(1) > (GREY + PALETTE[-1].min()) / 2
-    return np.where(share > 0.42, 1 + nearest, np.where(white, WHITE, 0)).astype(np.uint8)
+    white = rgb.min(1) > GREY + SOLID * (PALETTE[-1].min() - GREY)
+    return np.where(share > SOLID, 1 + nearest, np.where(white, WHITE, 0)).astype(np.uint8)
 
 
 LABELS = _label_table()
@@ -111,7 +113,7 @@ def track(labels: np.ndarray, fps: float) -> list[Track]:
             _extend(tracks[-1], t, new)
             last.append((t, *new[:4]))
             used.add(j)
-    return [one for one in tracks if one.seen.sum() >= max(2, 0.03 * f)]
+    return [one for one in tracks if one.seen.sum() >= max(2, 0.03 * f, 0.35 * np.ptp(np.flatnonzero(one.seen)))]
 
 
 def _extend(one: Track, t: int, new: tuple) -> None:
@@ -122,7 +124,7 @@ def _extend(one: Track, t: int, new: tuple) -> None:
 def _link_cost(old: tuple, new: tuple, t: int, h: int, fps: float) -> float:
     """How badly a component continues a track; 10 or more = it does not."""
     far = np.hypot(new[1] - old[2], new[2] - old[3]) / h
-    reach = 0.08 + 0.25 * (t - old[0]) / fps  # twice the fastest object, and some
+    reach = 0.08 + 0.25 * min(0.3, (t - old[0]) / fps)  # twice the fastest object, and some
     ratio = abs(np.log(new[3] / old[4]))
     if new[0] == old[1]:
         return far / reach + ratio if far < 4 * reach else 10 + far
@@ -143,7 +145,7 @@ class Measured:
 
     index: np.ndarray  # frames where it was seen
     centre: np.ndarray  # [k 2] pixels, sub-pixel
-    area: np.ndarray  # [k] pixels^2, from soft edges
+    radius: np.ndarray  # [k shapes] pixels, if it were each of the shapes
     colour: np.ndarray  # [k 3] RGB of its inside
     misfit: np.ndarray  # [k shapes] squared difference to each shape of the same area, in areas
     whole: np.ndarray  # [k] bool: as large as in the frames around it
@@ -155,7 +157,7 @@ def measure(frames: np.ndarray, labels: np.ndarray, one: Track) -> Measured:
     h, w = labels.shape[1:]
     index = np.flatnonzero(one.seen)
     box = one.box[index]
-    side = int(min(box[:, 2:].max(), np.median(box[:, 2:].max(1)) * 1.8)) + 6
+    side = int(min(box[:, 2:].max(), np.median(box[:, 2:].max(1)) * 1.8)) + 8
     corner = np.floor(box[:, :2] + box[:, 2:] / 2 - side / 2 + 0.5).astype(np.int64)
     step = np.arange(side)
     column, row = corner[:, 0, None, None] + step, corner[:, 1, None, None] + step[:, None]
@@ -165,7 +167,7 @@ def measure(frames: np.ndarray, labels: np.ndarray, one: Track) -> Measured:
     found = np.where(inside, labels.reshape(-1)[place], 0)
     label = one.label[index][:, None, None]
     own = found == label
-    reach, other = _widen(own, 1), _widen((found > 0) & ~own, 1)
+    reach, other = _widen(own, 2), _widen((found > 0) & ~own, 1)
     support = reach & inside & ~((found > 0) & ~own)
 
     hue = (pixels @ CHROMA.T * np.append(HUES, [[0, 0]], 0)[label - 1]).sum(-1)  # along the hue, or brightness if white
@@ -173,9 +175,7 @@ def measure(frames: np.ndarray, labels: np.ndarray, one: Track) -> Measured:
     around = inside & ~reach & (found == 0)
     ground = (signal * around).sum((1, 2)) / np.maximum(around.sum((1, 2)), 1)
     signal = (signal - ground[:, None, None]) * support
-    count = np.maximum(own.sum((1, 2)), 1)
-    top = -np.sort(-np.where(own, signal, 0).reshape(len(index), -1), 1)
-    level = np.take_along_axis(np.cumsum(top, 1), np.maximum(count // 3, 1)[:, None] - 1, 1)[:, 0] / np.maximum(count // 3, 1)
+    level = inside_level(signal, own)
     level = np.maximum(_rolling(level, 17, 75), 1e-3)
     alpha = np.clip(signal / level[:, None, None], 0, 1)
     area = alpha.sum((1, 2))
@@ -189,11 +189,59 @@ def measure(frames: np.ndarray, labels: np.ndarray, one: Track) -> Measured:
     clear = whole & ~(other & reach).any((1, 2))
     x = (column + 0.5 - centre_x[:, None, None]).astype(np.float32)
     y = (row + 0.5 - centre_y[:, None, None]).astype(np.float32)
-    misfit = np.empty((len(index), len(SHAPES)))
-    for i, shape in enumerate(SHAPES):
-        radius = np.sqrt(area / AREAS[i]).astype(np.float32)[:, None, None]
-        misfit[:, i] = (((coverage(shape, x, y, radius) - alpha) * inside) ** 2).sum((1, 2)) / area
-    return Measured(index, np.stack([centre_x, centre_y], -1), area, colour, misfit, whole, clear)
+
+    def misfits(rows: np.ndarray, blur: float) -> np.ndarray:
+        misfit = np.empty((len(rows), len(SHAPES)))
+        for i, shape in enumerate(SHAPES):
+            model = drawn(shape, x[rows], y[rows], radius_of(area[rows], i, blur), blur)
+            misfit[:, i] = (((model - alpha[rows]) * inside[rows]) ** 2).sum((1, 2)) / area[rows]
+        return misfit
+
+    some = np.flatnonzero(clear if clear.any() else whole)
+    some = some[:: max(1, len(some) // 12)]
+    blur = min(BLURS, key=lambda sigma: misfits(some, sigma).mean(0).min())
+    radius = np.stack([radius_of(area, i, blur) for i in range(len(SHAPES))], -1)
+    return Measured(index, np.stack([centre_x, centre_y], -1), radius, colour, misfits(np.arange(len(index)), blur), whole, clear)
+
+
+BLURS = (0.0, 0.6, 0.9, 1.2)  # pixels; a generated clip may be softer than a render
+
+
+def drawn(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray, blur: float) -> np.ndarray:
+    """Coverage [k side side] of a shape as `measure` would see it: blurred, and relative to its own inside."""
+    cover = coverage(shape, x, y, radius[:, None, None].astype(np.float32))
+    if blur:
+        k, side, _ = cover.shape
+        room = math.ceil(3 * blur)
+        wide = np.pad(cover, ((0, 0), (room, room), (0, 0))).reshape(-1, side)
+        wide = cv2.GaussianBlur(wide, (2 * room + 1, 2 * room + 1), blur, borderType=cv2.BORDER_CONSTANT)
+        cover = wide.reshape(k, side + 2 * room, side)[:, room:-room]
+    level = inside_level(cover, cover > SOLID)
+    return np.minimum(cover / np.maximum(level, 0.2)[:, None, None], 1)
+
+
+def inside_level(signal: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Strength [k] of a thing inside, from the strongest third of its pixels: thin shapes have few pure ones."""
+    top = -np.sort(-np.where(own, signal, 0).reshape(len(own), -1), 1)
+    count = np.maximum(own.sum((1, 2)) // 3, 1)
+    return np.take_along_axis(np.cumsum(top, 1), count[:, None] - 1, 1)[:, 0] / count
+
+
+@lru_cache
+def _areas(shape: int, blur: float) -> tuple[np.ndarray, np.ndarray]:
+    """What area `measure` finds in a shape of given radius, both in pixels: (radii, areas), rising."""
+    radii = np.geomspace(1.2, 24, 28)
+    step = np.arange(-34, 35, dtype=np.float32)
+    shifts = ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.5, 0.5), (0.25, 0.25))  # where the centre may lie in its pixel
+    areas = [drawn(SHAPES[shape], step + np.float32(dx), step[:, None] + np.float32(dy), radii, blur).sum((1, 2)) for dx, dy in shifts]
+    return radii, np.maximum.accumulate(np.mean(areas, 0))
+
+
+def radius_of(area: np.ndarray, shape: int, blur: float) -> np.ndarray:
+    """Radius [k] in pixels of a shape of which `measure` finds the area [k]."""
+    radii, areas = _areas(shape, blur)
+    small = np.exp(np.interp(np.log(np.maximum(area, 1e-3)), np.log(areas), np.log(radii)))
+    return np.where(area > areas[-1], np.sqrt(area / areas[-1]) * radii[-1], small)
 
 
 def _widen(mask: np.ndarray, by: int) -> np.ndarray:
@@ -214,11 +262,12 @@ def _rolling(values: np.ndarray, window: int, percentile: float) -> np.ndarray:
 # ---- the camera
 
 
-def register(frames: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def register(frames: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """Follows the camera by the background, directly on intensities (Lucas and Kanade 1981; Baker and Matthews 2004).
 
     Each frame is aligned with the middle one by shift, magnification and a change of brightness, from its neighbour's answer.
-    Returns the view [f 3] as of Camera.view(), relative to the middle frame, and what remains, root mean square [f] in levels.
+    Returns the view [f 3] as of Camera.view(), relative to the middle frame; what remains, root mean square [f] in levels; and
+    the share of the squared difference to the middle frame that the view explains.
     """
     f, h, w, _ = frames.shape
     grey = frames.mean(-1, dtype=np.float32)
@@ -232,7 +281,7 @@ def register(frames: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nda
     y = ((np.arange(h) + 0.5) / h - 0.5).astype(np.float32)[:, None]
     middle = f // 2
     still, solid = grey[middle], ground[middle].astype(np.float32)
-    view, rest = np.zeros((f, 3)), np.zeros(f)
+    view, rest, unmoved = np.zeros((f, 3)), np.zeros(f), np.zeros(f)
     for t in (*range(middle + 1, f), *range(middle - 1, -1, -1)):
         guess = view[t - 1 if t > middle else t + 1].copy()  # x, y, log magnification
         for _ in range(5):
@@ -253,12 +302,17 @@ def register(frames: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nda
             if np.abs(step[:3]).max() < 3e-4:
                 break
         view[t] = guess
+        change = (grey[t] - still)[(ground[t] > 0) & (solid > 0)]
+        unmoved[t] = change.std() if len(change) else 0
     view[:, 2] = np.exp(view[:, 2])
-    return view, rest
+    return view, rest, float(1 - (rest**2).sum() / max((unmoved**2).sum(), 1e-6))
 
 
-def name_camera(view: np.ndarray, fps: float, seconds: float) -> tuple[Camera, np.ndarray]:
-    """The kind of camera that took a view [f 3] relative to any of its frames, and that view on the scene's own terms."""
+def name_camera(view: np.ndarray, explained: float, fps: float, seconds: float) -> tuple[Camera, np.ndarray]:
+    """The kind of camera that took a view [f 3] relative to any of its frames, and that view on the scene's own terms.
+
+    A view that explains little of what changes is noise.
+    """
     t = np.arange(len(view)) / fps
     rows = np.stack([view[:, 0], view[:, 1], np.log(view[:, 2])], -1)
     line = np.polyfit(t / seconds, rows, 1) if len(t) > 1 else np.zeros((2, 3))
@@ -267,7 +321,7 @@ def name_camera(view: np.ndarray, fps: float, seconds: float) -> tuple[Camera, n
              "shake": CAMERA_AMOUNTS["shake"][0] / math.sqrt(6)}  # a mean of three sines
     moved = {"pan": line[0, 0], "tilt": line[0, 1], "zoom": line[0, 2], "shake": np.hypot(*wobble) / math.sqrt(2)}
     kind = max(least, key=lambda name: abs(moved[name]) / least[name])
-    if abs(moved[kind]) < 0.5 * least[kind]:
+    if abs(moved[kind]) < 0.5 * least[kind] or explained < 0.3:
         camera = Camera()
     elif kind == "shake":
         camera = Camera("shake", float(np.abs(rows[:, :2] - rows[:, :2].mean(0)).max()))
@@ -303,7 +357,7 @@ def bounces(path: np.ndarray, fps: float, room: np.ndarray) -> list[Bounce]:
     A bounce is a kink near a wall that turns one component of the velocity round and keeps its size; it is sure if the other
     component keeps its size too, which it does not where a circling begins, nor where another bounce follows at once.
     """
-    k, window = len(path), max(2, round(0.75 * fps))
+    k, window = len(path), max(2, round(1.25 * fps))
     at = np.arange(1, k - 2)  # a bounce between frames at and at + 1; two frames at least on either side
     if not len(at):
         return []
@@ -439,7 +493,7 @@ class Fits:
 
 def _runs_on(one: "Leg", other: "Leg") -> bool:
     """Whether two neighbouring legs are one motion, cut by noise."""
-    if one.motion != other.motion or one.motion == "circle" and one.velocity[0] * other.velocity[0] < 0:
+    if one.motion != other.motion or (one.motion == "circle" and one.velocity[0] * other.velocity[0] < 0):
         return False
     return one.motion != "linear" or np.hypot(*(one.velocity - other.velocity)) < 0.35 * max(one.speed, other.speed)
 
@@ -473,13 +527,23 @@ class Leg:
         return float(abs(self.velocity[0]) * self.velocity[1] if self.motion == "circle" else np.hypot(*self.velocity))
 
 
+def _noise(path: np.ndarray, window: int) -> float:
+    """How far a path [k 2] strays from parabolas over `window` frames: root mean square of the median stretch."""
+    starts = np.arange(0, max(1, len(path) - window), max(1, window // 4))
+    window = min(window, len(path))
+    if window < 5:
+        return 0.003
+    t, use = np.arange(window), np.ones((len(starts), window), bool)
+    miss = sum(_parabola_miss(path[starts[:, None] + t, axis], t, use) for axis in range(2))
+    return max(0.003, 1.2 * math.sqrt(np.median(miss) / 2 / (window - 3)))
+
+
 def legs(straight: np.ndarray, fps: float) -> tuple[list[Leg], float]:
     """Cuts an unfolded path [k 2] into rest, straight motion and circling by dynamic programming; also its cost."""
     k = len(straight)
     least = max(3, round(0.9 * fps))
     fits = Fits(straight, fps)
-    jitter = np.diff(straight, 2, axis=0)
-    noise = max(0.003, float(np.median(np.abs(jitter))) * 0.6) if len(jitter) else 0.003
+    noise = _noise(straight, round(2 * fps))
     if k < 2 * least:
         return [Leg(0, *fits.best(0, k, noise))], 0.0
     stride = 2 if fps >= 6 else 1
@@ -559,8 +623,8 @@ def observe(frames: np.ndarray, fps: float = 8, seconds: float | None = None) ->
     f, h, w, _ = frames.shape
     seconds = seconds or f / fps
     labels = segment(frames)
-    view, rest = register(frames, labels)
-    camera, view = name_camera(view, fps, seconds)
+    view, rest, explained = register(frames, labels)
+    camera, view = name_camera(view, explained, fps, seconds)
     tracks = track(labels, fps)
     measured = [measure(frames, labels, one) for one in tracks]
     objects = [_describe(one, m, view, camera, f, h, w, fps, seconds) for one, m in zip(tracks, measured)]
@@ -588,7 +652,7 @@ def _describe(one: Track, m: Measured, view: np.ndarray, camera: Camera, f: int,
     colours = np.linalg.norm(lab[:, None] - LAB, axis=-1).argmin(1)
     colour = int(np.bincount(colours).argmax())
 
-    radius = np.sqrt(m.area / AREAS[shape]) / h / view[m.index, 2]
+    radius = m.radius[:, shape] / h / view[m.index, 2]
     s = m.index / fps / seconds
     ratio = 1.0
     if clear.sum() >= 4:
