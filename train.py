@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from omegaconf import OmegaConf
 
 from latte import checkpoint, config, diffusion, keyed, video
 from latte.codec import VideoCodec
@@ -168,7 +167,7 @@ def plan(cfg: config.Config) -> str:
     with torch.device("meta"):
         size = sum(p.numel() for p in Latte(cfg.model).parameters())
     codec = VideoCodec(cfg.codec)
-    lines = [OmegaConf.to_yaml(OmegaConf.create(config.to_dict(cfg))), f"parameters: {size / 1e6:.2f} M",
+    lines = [config.to_yaml(cfg), f"parameters: {size / 1e6:.2f} M",
              f"training state: {size * 20 / 2**30:.2f} GiB (float32 weights, gradients, two AdamW moments, EMA)", "",
              "stage   steps  frames  height  width  batch  tokens/clip  GFLOP/update (forward + backward)"]
     total = 0.0

@@ -1,6 +1,6 @@
 """Scores a checkpoint of the embedded world with its judge: held-out prompts, and the same scenes in unseen paraphrases.
 
-    python benchmarks/judge_checkpoint.py CHECKPOINT [--count 200] [--frames 128] [--processes 2] [--out FILE.json]
+    python benchmarks/judge_checkpoint.py [CHECKPOINT] [--count 200] [--frames 128] [--processes 2] [--out FILE.json]
 
 Prompts are captions of scenes from the test split, whose combinations of attributes training never saw; `seen wording` uses the
 training grammar, `unseen wording` structures and synonyms kept out of training. One seed a prompt. Writes one JSON with the
@@ -61,7 +61,7 @@ def summary(rows: list[dict]) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint")
+    parser.add_argument("checkpoint", nargs="?", default=str(ROOT / "runs" / "shapes-cpu" / "checkpoint"))
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--frames", type=int, default=128)
     parser.add_argument("--fps", type=float, default=8.0)

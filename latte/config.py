@@ -293,9 +293,9 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def save(config: Config, path: str | Path) -> None:
-    """Writes the resolved configuration as YAML."""
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as the text of a YAML file that `load` reads."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
 
 
 def _refuse_unknown_keys(kind: type, values: Any, prefix: str) -> None:

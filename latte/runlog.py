@@ -24,7 +24,7 @@ class RunLog:
         self.started, self.start_step = time.perf_counter(), start_step
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            config.save(cfg, self.folder / "config.yaml")
+            (self.folder / "config.yaml").write_text(config.to_yaml(cfg))
             self._metrics = self._open_metrics(start_step)
         if cfg.train.trackers:
             shown = None if "tensorboard" in cfg.train.trackers else config.to_dict(cfg)  # tensorboard takes flat settings only
