@@ -53,11 +53,11 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return 10 * math.log10(255**2 / max(float(np.mean((a.astype(np.float64) - b) ** 2)), 1e-12))
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "overfit_clips.json"))
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         folder, run = Path(temporary) / "videos", Path(temporary) / "run"
         folder.mkdir()
@@ -75,7 +75,7 @@ def main() -> int:
             rows.append({"caption": caption, "psnr_db": round(psnr(clip, truth), 2)})
             print(rows[-1])
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    result = {"command": " ".join(["python", "benchmarks/overfit_clips.py", *sys.argv[1:]]), "commit": commit,
+    result = {"command": " ".join(["python", "benchmarks/overfit_clips.py", *(sys.argv[1:] if argv is None else argv)]), "commit": commit,
               "versions": checkpoint.versions(), "updates": cfg.total_steps, "train_seconds": round(seconds), "clips": rows,
               "worst_psnr_db": min(row["psnr_db"] for row in rows), "goal_db": 22.0}
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)

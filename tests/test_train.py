@@ -1,5 +1,6 @@
 """The training program: resume, accumulation, processes, workers, interruption, trackers and errors, on the tiny run."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -157,6 +158,18 @@ def test_previews_are_written_and_judged(tmp_path):
     assert len(list((tmp_path / "previews").glob("*.mp4"))) == 1
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert 0 <= last["judge/joint"] <= 1 and 0 <= last["judge/colour"] <= 1
+
+
+def test_real_clips_train_and_come_back_through_their_captions(tmp_path):
+    """The benchmark that learns four real clips by heart, at a tiny size and for a few updates: every part of it runs."""
+    spec = importlib.util.spec_from_file_location("overfit_clips", ROOT / "benchmarks" / "overfit_clips.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    small = ["stages.0.steps=3", "stages.0.frames=8", "stages.0.height=32", "stages.0.width=32", "model.layers=1", "sampler.steps=3"]
+    assert benchmark.main(["--out", str(tmp_path / "result.json"), *small]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert len(result["clips"]) == 4
+    assert all(5 < row["psnr_db"] < 22 for row in result["clips"])  # hardly trained, but pictures
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
