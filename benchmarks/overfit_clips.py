@@ -75,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
             rows.append({"caption": caption, "psnr_db": round(psnr(clip, truth), 2)})
             print(rows[-1])
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    result = {"command": " ".join(["python", "benchmarks/overfit_clips.py", *(sys.argv[1:] if argv is None else argv)]), "commit": commit,
+    command = ["python", "benchmarks/overfit_clips.py", *(sys.argv[1:] if argv is None else argv)]
+    result = {"command": " ".join(command), "commit": commit,
               "versions": checkpoint.versions(), "updates": cfg.total_steps, "train_seconds": round(seconds), "clips": rows,
               "worst_psnr_db": min(row["psnr_db"] for row in rows), "goal_db": 22.0}
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)

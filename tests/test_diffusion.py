@@ -159,7 +159,8 @@ def test_loss_is_the_squared_error_of_the_converted_prediction(cfg):
     x_t = diffusion.add_noise(x0, noise, t, cfg)
     right = diffusion.combine(x0, noise, alpha, sigma, cfg.prediction)
     wrong = right + off
-    error = diffusion.convert(wrong, x_t, alpha, sigma, cfg.prediction, cfg.loss) - diffusion.combine(x0, noise, alpha, sigma, cfg.loss)
+    error = diffusion.convert(wrong, x_t, alpha, sigma, cfg.prediction, cfg.loss)
+    error = error - diffusion.combine(x0, noise, alpha, sigma, cfg.loss)
     got = diffusion.training_loss(lambda x, t, cond: wrong, x0, None, noise, t, cfg)
     torch.testing.assert_close(got.mse, (error**2).mean((1, 2, 3, 4)))
     assert got.vb is None and torch.equal(got.loss, got.mse)

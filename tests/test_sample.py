@@ -33,16 +33,17 @@ def tiny(tmp_path_factory) -> Path:
 
 def test_a_16_second_clip_with_all_that_reproduces_it(tiny, tmp_path, capsys):
     out = tmp_path / "clip.mp4"
-    assert sample.main([str(tiny), "--prompt", "a small red circle moves to the left", "--out", str(out), "--scale", "2", "--seed", "3"]) == 0
+    prompt = "a small red circle moves to the left"
+    assert sample.main([str(tiny), "--prompt", prompt, "--out", str(out), "--scale", "2", "--seed", "3"]) == 0
     info = video.probe(out, count=True)
     assert (info.frames, info.fps, info.duration_s, info.width, info.height, info.codec) == (128, 8.0, 16.0, 64, 64, "h264")
     assert out.with_suffix(".png").stat().st_size > 1000
     record = json.loads(out.with_suffix(".json").read_text())
-    assert (record["prompt"], record["seed"], record["checkpoint_step"]) == ("a small red circle moves to the left", 3, 7)
+    assert (record["prompt"], record["seed"], record["checkpoint_step"]) == (prompt, 3, 7)
     assert record["ema_sha256"] == checkpoint.read(tiny).files["ema.safetensors"]
     assert "joint" in record["judge"]
     printed = capsys.readouterr().out
-    assert "a small red circle moves to the left" in printed and str(out) in printed and ("PASS" in printed or "FAIL" in printed)
+    assert prompt in printed and str(out) in printed and ("PASS" in printed or "FAIL" in printed)
 
 
 def test_a_sample_is_the_same_alone_and_in_a_batch(tiny):
@@ -112,6 +113,7 @@ def test_mistakes_give_one_clear_error(tiny, tmp_path, capsys, arguments, named)
 
 
 def test_an_unknown_path_ends_the_program_with_1(tmp_path):
-    done = subprocess.run([sys.executable, "sample.py", str(tmp_path / "none"), "--prompt", "a"], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "sample.py", str(tmp_path / "none"), "--prompt", "a"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith(f"error: {tmp_path / 'none'}: no checkpoint here")

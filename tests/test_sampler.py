@@ -312,7 +312,8 @@ def test_ode_samplers_drop_a_learned_variance_and_keep_the_dtype(name):
 def test_heun_calls_the_network_twice_a_step_but_in_the_last():
     calls = []
     cfg = config("flow")
-    sample(lambda x, t, c: calls.append(t[0].item()) or x, random(1, 1, 1, 2, 2), None, cfg, SamplerConfig(name="heun", steps=3), 256)
+    heun = SamplerConfig(name="heun", steps=3)
+    sample(lambda x, t, c: calls.append(t[0].item()) or x, random(1, 1, 1, 2, 2), None, cfg, heun, 256)
     assert calls == pytest.approx([1000, 2000 / 3, 2000 / 3, 1000 / 3, 1000 / 3])
 
 
