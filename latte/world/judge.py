@@ -354,8 +354,9 @@ class Bounce:
 def bounces(path: np.ndarray, fps: float, room: np.ndarray) -> list[Bounce]:
     """Where a path [k 2] (one row a frame) turns round at the walls of `room` [2 2], by time.
 
-    A bounce is a kink near a wall that turns one component of the velocity round and keeps its size; it is sure if the other
-    component keeps its size too, which it does not where a circling begins, nor where another bounce follows at once.
+    A bounce is a kink near a wall that turns one component of the velocity round and keeps its size. It is sure if it stands
+    out of the noise and the other component keeps its size too, which it does not where a circling begins, nor where another
+    bounce follows at once.
     """
     k, window = len(path), max(2, round(1.25 * fps))
     at = np.arange(1, k - 2)  # a bounce between frames at and at + 1; two frames at least on either side
@@ -374,9 +375,11 @@ def bounces(path: np.ndarray, fps: float, room: np.ndarray) -> list[Bounce]:
         wall = np.where(before > 0, room[1, axis], room[0, axis])
         near = np.abs(path[at + 1, axis] + path[at, axis] - 2 * wall) / 2 < 0.05 + 0.5 * np.abs(before)
         slow, fast = np.minimum(np.abs(before), np.abs(after)), np.maximum(np.abs(before), np.abs(after))
-        kink = near & (before * after < 0) & (slow > 0.6 * fast) & (slow * fps > 0.012)
-        kink &= miss < _parabola_miss(rows[..., axis], t, there)
+        smooth = _parabola_miss(rows[..., axis], t, there)
+        kink = near & (before * after < 0) & (slow > 0.35 * fast) & (slow * fps > 0.4 * SPEEDS["slow"]) & (miss < 1.3 * smooth)
+        blur = np.sqrt(12 * miss / (2 * window)) / window**1.5  # of a slope, by what the lines leave
         kept = np.abs(np.abs(across_after) - np.abs(across_before)) < 0.4 * np.hypot(fast, across_before)
+        kept &= (slow > 0.6 * fast) & (miss < smooth) & (slow > 8 * blur)
         run = np.flatnonzero(kink)
         for group in np.split(run, np.flatnonzero(np.diff(run) > window) + 1):
             if len(group):
@@ -443,8 +446,9 @@ class Fits:
         self.origin = path.mean(0)
         x, y = (path - self.origin).T
         q = x * x + y * y
-        step = np.hypot(*np.diff(_smooth(path), axis=0).T)
-        s = np.append(0, np.cumsum(step))  # way gone
+        smooth = _smooth(path)
+        ahead = np.gradient(smooth, 2, axis=0) if len(path) > 2 else smooth
+        s = np.unwrap(np.arctan2(ahead[:, 1], ahead[:, 0])) * ORBIT  # heading, as a way on a circle
         terms = np.stack([np.ones_like(t), t, x, y, t * t, t * x, t * y, x * x, x * y, y * y, q * x, q * y, q * q,
                           s, s * t, s * s], -1)
         self.sums = np.concatenate([np.zeros((1, terms.shape[1])), np.cumsum(terms, 0)])
@@ -466,8 +470,8 @@ class Fits:
         radius2 = q / n - a * mx - b * my + (a * a + b * b) / 4
         circle = (sqq - a * sqx - b * sqy) / np.maximum(4 * radius2, 1e-9)  # algebraic residual / (2 r)
         cs = st - mt * s
-        circle += EVEN * (ss - s * s / n - cs * cs / np.maximum(vt, 1e-9))  # at an even pace
-        possible = (radius2 > (0.4 * ORBIT) ** 2) & (radius2 < (2.5 * ORBIT) ** 2)
+        circle += EVEN * (ss - s * s / n - cs * cs / np.maximum(vt, 1e-9))  # turning evenly
+        possible = (radius2 > (0.6 * ORBIT) ** 2) & (radius2 < (1.7 * ORBIT) ** 2)
         return np.stack([still, linear, np.where(possible, np.maximum(circle, 0), np.inf)], -1)
 
     def centre(self, i: int, j: int) -> tuple[np.ndarray, float]:
@@ -508,9 +512,9 @@ def _tell(leg: "Leg", signs: np.ndarray, start_s: float) -> Phase:
     return Phase(start_s, "linear", DIRECTIONS[round(angle / (math.pi / 4)) % 8], leg.speed)
 
 
-PLAIN = 10.0  # how much better (in squared noise) a model must be for each degree of freedom more
-CUT = 40.0  # what a further stretch costs, likewise
-EVEN = 0.3  # weight of uneven pace in the misfit of a circle: a dot at rest also lies on one
+PLAIN = 20.0  # how much better (in squared noise) a model must be for each degree of freedom more
+CUT = 200.0  # what a further stretch costs, likewise
+EVEN = 0.1  # weight of uneven turning in the misfit of a circle: a dot at rest also lies on one
 REST = 0.02  # frame heights a second: slower is standing still
 
 
@@ -535,7 +539,7 @@ def _noise(path: np.ndarray, window: int) -> float:
         return 0.003
     t, use = np.arange(window), np.ones((len(starts), window), bool)
     miss = sum(_parabola_miss(path[starts[:, None] + t, axis], t, use) for axis in range(2))
-    return max(0.003, 1.2 * math.sqrt(np.median(miss) / 2 / (window - 3)))
+    return max(0.003, 1.4 * math.sqrt(np.median(miss) / 2 / (window - 3)))
 
 
 def legs(straight: np.ndarray, fps: float) -> tuple[list[Leg], float]:
