@@ -8,6 +8,7 @@ share of right clips for each attribute, the joint pass, permanence at the last 
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -31,7 +32,7 @@ WORDINGS = {"seen wording": "train", "unseen wording": "test"}
 PIPELINES: dict[str, pipeline.Pipeline] = {}  # of this process
 
 
-def score(path: str, index: int, wording: str, frames: int, fps: float, seed: int) -> dict:
+def score(path: str, index: int, wording: str, frames: int, fps: float, seed: int, changed: dict) -> dict:
     """Samples and judges the prompt of one index: one row of the result."""
     if path not in PIPELINES:
         torch.set_num_threads(1)
@@ -41,7 +42,8 @@ def score(path: str, index: int, wording: str, frames: int, fps: float, seed: in
     world, aspect = pipe.cfg.data.world, stage.width / stage.height
     scene = sample_scene(keyed.rng(seed, "judged scene", index), world, "test", frames / fps, aspect)
     prompt = caption(scene, keyed.rng(seed, "judged prompt", index), WORDINGS[wording])
-    clip = pipe([prompt], [seed + index], frames, stage.height, stage.width, fps)[0]
+    settings = dataclasses.replace(pipe.cfg.sampler, **changed)
+    clip = pipe([prompt], [seed + index], frames, stage.height, stage.width, fps, settings)[0]
     verdict = judge(clip, scene, fps).to_json()
     return {"wording": wording, "index": index, "prompt": prompt, "joint": verdict["joint"], **verdict["scores"],
             "permanence": verdict["permanence"][-1], "velocity_error": verdict["velocity_error"]}
@@ -65,14 +67,17 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--frames", type=int, default=128)
     parser.add_argument("--fps", type=float, default=8.0)
+    parser.add_argument("--steps", type=int, help="sampler steps; default: the checkpoint's")
+    parser.add_argument("--guidance", type=float)
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out")
     args = parser.parse_args()
     found = checkpoint.read(args.checkpoint)
+    changed = {name: getattr(args, name) for name in ("steps", "guidance") if getattr(args, name) is not None}
     started, rows = time.perf_counter(), []
     with ProcessPoolExecutor(args.processes) as pool:
-        jobs = [pool.submit(score, str(found.path), index, wording, args.frames, args.fps, args.seed)
+        jobs = [pool.submit(score, str(found.path), index, wording, args.frames, args.fps, args.seed, changed)
                 for wording in WORDINGS for index in range(args.count)]
         for job in tqdm(jobs, unit="clip"):
             rows.append(job.result())
@@ -80,7 +85,7 @@ def main() -> int:
     result = {
         "command": " ".join(["python", "benchmarks/judge_checkpoint.py", *sys.argv[1:]]),
         "commit": commit, "versions": checkpoint.versions(),
-        "checkpoint_step": found.step, "ema_sha256": found.files["ema.safetensors"], "count": args.count, "frames": args.frames,
+        "sampler": dataclasses.asdict(dataclasses.replace(found.config.sampler, **changed)), "checkpoint_step": found.step, "ema_sha256": found.files["ema.safetensors"], "count": args.count, "frames": args.frames,
         "seconds": round(time.perf_counter() - started),
         **{wording: summary([row for row in rows if row["wording"] == wording]) for wording in WORDINGS}, "rows": rows,
     }
