@@ -85,7 +85,8 @@ def main() -> int:
     result = {
         "command": " ".join(["python", "benchmarks/judge_checkpoint.py", *sys.argv[1:]]),
         "commit": commit, "versions": checkpoint.versions(),
-        "sampler": dataclasses.asdict(dataclasses.replace(found.config.sampler, **changed)), "checkpoint_step": found.step, "ema_sha256": found.files["ema.safetensors"], "count": args.count, "frames": args.frames,
+        "sampler": dataclasses.asdict(dataclasses.replace(found.config.sampler, **changed)),
+        "checkpoint_step": found.step, "ema_sha256": found.files["ema.safetensors"], "count": args.count, "frames": args.frames,
         "seconds": round(time.perf_counter() - started),
         **{wording: summary([row for row in rows if row["wording"] == wording]) for wording in WORDINGS}, "rows": rows,
     }
