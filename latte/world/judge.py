@@ -1,31 +1,32 @@
 """The judge: reads a clip of the embedded world from its frames alone, and scores it against a scene.
 
-Classical vision only, no learned weights. `observe` finds the foreground by hue and brightness, registers the background to
-follow the camera, links connected components to tracks, measures each track against the renderer's own shapes, unfolds its
-path at the walls and cuts it into phases. `judge` matches what was seen to what was asked for by attributes alone, because a
-caption tells no positions, and compares.
+    python -m latte.world.judge CLIP.mp4 --prompt "a small red circle moves to the right"    one file, as JSON
+    python -m latte.world.judge --selfcheck 1000 --seed 0                                     how far the judge can be trusted
 
-Units are those of scene.py: frame heights and seconds, in the world (the camera removed) unless a name says pixels.
+`observe` says what is in a clip, in the scene's own words; how it sees is in vision.py. `judge` matches what was seen to what
+was asked for by attributes alone, because a caption tells no positions, and compares. Lengths are frame heights, times seconds,
+the camera removed, as in scene.py.
 """
 
+import argparse
+import json
 import math
+import sys
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from itertools import pairwise
 
 import cv2
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from latte.world.render import GREY, coverage
+from latte import video
+from latte.world.caption import parse
+from latte.world.render import GREY
 from latte.world.scene import (
-    CAMERA_AMOUNTS,
     COLOURS,
     DIRECTIONS,
     GROWTH_FACTOR,
-    ORBIT,
     RADII,
-    RGB,
     SHAPES,
     SPEEDS,
     TURNS,
@@ -35,547 +36,39 @@ from latte.world.scene import (
     Scene,
     heading,
     stage,
+    visible,
+)
+from latte.world.vision import (
+    PALETTE,
+    REST,
+    Leg,
+    Measured,
+    follow,
+    measure,
+    name_camera,
+    register,
+    rolling,
+    segment,
+    track,
 )
 
-CHROMA = np.array([[1, -1, 0], [1, 1, -2]], np.float32) / np.sqrt([[2], [6]]).astype(np.float32)  # blind to grey
-HUED = COLOURS[:-1]
-SOLID = 0.36  # coverage from which a pixel is labelled an object's
-WHITE = len(COLOURS)  # labels: 0 = background, 1 + index in COLOURS
-PALETTE = np.array([RGB[c] for c in COLOURS], np.float32)
-HUES = PALETTE[:-1] @ CHROMA.T  # [7 2]
-_GRID = np.arange(-80, 81, dtype=np.float64)
-AREAS = np.array([coverage(s, _GRID[None], _GRID[:, None], np.float64(64)).sum() / 64**2 for s in SHAPES])  # in radius^2
-
-
-def _label_table() -> np.ndarray:
-    """Label of each colour with 5 bits a channel: [32768] uint8."""
-    level = np.arange(32, dtype=np.float32) * 8 + 4
-    rgb = np.stack(np.meshgrid(level, level, level, indexing="ij"), -1).reshape(-1, 3)
-    chroma = rgb @ CHROMA.T
-    unit = HUES / np.linalg.norm(HUES, axis=1, keepdims=True)
-    nearest = (chroma @ unit.T).argmax(1)
-    share = (chroma * HUES[nearest]).sum(1) / (HUES[nearest] ** 2).sum(1)  # how much of the pixel the object covers
-    white = rgb.min(1) > GREY + SOLID * (PALETTE[-1].min() - GREY)
-    return np.where(share > SOLID, 1 + nearest, np.where(white, WHITE, 0)).astype(np.uint8)
-
-
-LABELS = _label_table()
-
-
-def segment(frames: np.ndarray) -> np.ndarray:
-    """Label of every pixel [f h w] uint8: 0 = background, else 1 + index in COLOURS, by hue and brightness alone."""
-    code = (frames >> 3).astype(np.uint16)
-    return LABELS[(code[..., 0] << 10) | (code[..., 1] << 5) | code[..., 2]]
-
-
-@dataclass
-class Track:
-    """One thing followed through the clip; arrays have one row a frame, meaningless where it was not seen."""
-
-    seen: np.ndarray  # [f] bool
-    label: np.ndarray  # [f] of segment()
-    centre: np.ndarray  # [f 2] pixels, (x, y), of pixel corners
-    box: np.ndarray  # [f 4] left, top, width, height in pixels
-    area: np.ndarray  # [f] pixels^2
-
-
-def _components(labels: np.ndarray, least: float) -> list[list[tuple]]:
-    """Connected components of at least `least` pixels, per frame: (label, x, y, area, box)."""
-    found = []
-    for frame in labels:
-        here = []
-        for label in np.flatnonzero(np.bincount(frame.ravel(), minlength=WHITE + 1)[1:] >= least) + 1:
-            _, _, stats, centres = cv2.connectedComponentsWithStats((frame == label).view(np.uint8), connectivity=8)
-            here += [(int(label), *centres[i], stats[i, 4], stats[i, :4]) for i in range(1, len(stats)) if stats[i, 4] >= least]
-        found.append(here)
-    return found
-
-
-def track(labels: np.ndarray, fps: float) -> list[Track]:
-    """Links the components of [f h w] labels into tracks: the nearest of like colour and size, across any gap."""
-    f, h, _ = labels.shape
-    least = max(2.0, 0.45 * AREAS.min() * (0.8 * RADII["small"] * h) ** 2)
-    tracks: list[Track] = []
-    last: list[tuple] = []  # where each track was seen last: (frame, label, x, y, area)
-    for t, found in enumerate(_components(labels, least)):
-        used = set()
-        if tracks and found:
-            cost = np.array([[_link_cost(old, new, t, h, fps) for new in found] for old in last])
-            for i, j in zip(*linear_sum_assignment(cost)):
-                if cost[i, j] < 10:
-                    used.add(j)
-                    _extend(tracks[i], t, found[j])
-                    last[i] = (t, *found[j][:4])
-        for j, new in enumerate(found):
-            if j in used or any(_fragment(new, found[k]) for k in used):
-                continue
-            tracks.append(Track(np.zeros(f, bool), np.zeros(f, np.uint8), np.zeros((f, 2)), np.zeros((f, 4), int), np.zeros(f)))
-            _extend(tracks[-1], t, new)
-            last.append((t, *new[:4]))
-            used.add(j)
-    return [one for one in tracks if one.seen.sum() >= max(2, 0.03 * f, 0.35 * np.ptp(np.flatnonzero(one.seen)))]
-
-
-def _extend(one: Track, t: int, new: tuple) -> None:
-    label, x, y, area, box = new
-    one.seen[t], one.label[t], one.centre[t], one.area[t], one.box[t] = True, label, (x + 0.5, y + 0.5), area, box
-
-
-def _link_cost(old: tuple, new: tuple, t: int, h: int, fps: float) -> float:
-    """How badly a component continues a track; 10 or more = it does not."""
-    far = np.hypot(new[1] - old[2], new[2] - old[3]) / h
-    reach = 0.08 + 0.25 * min(0.3, (t - old[0]) / fps)  # twice the fastest object, and some
-    ratio = abs(np.log(new[3] / old[4]))
-    if new[0] == old[1]:
-        return far / reach + ratio if far < 4 * reach else 10 + far
-    return 2 + far / reach + ratio if far < 0.5 * reach and ratio < 0.7 and t - old[0] <= 2 else 20 + far
-
-
-def _fragment(new: tuple, whole: tuple) -> bool:
-    """Whether a component is a piece cut off another of its colour by what passes in front."""
-    if new[0] != whole[0] or new[3] > 0.5 * whole[3]:
-        return False
-    (x, y, w, h), (u, v, s, t) = new[4], whole[4]
-    return max(x - u - s, u - x - w, y - v - t, v - y - h) <= 2
-
-
-@dataclass
-class Measured:
-    """A track measured against the renderer's shapes; arrays have one row for each frame in `index` [k]."""
-
-    index: np.ndarray  # frames where it was seen
-    centre: np.ndarray  # [k 2] pixels, sub-pixel
-    radius: np.ndarray  # [k shapes] pixels, if it were each of the shapes
-    colour: np.ndarray  # [k 3] RGB of its inside
-    misfit: np.ndarray  # [k shapes] squared difference to each shape of the same area, in areas
-    whole: np.ndarray  # [k] bool: as large as in the frames around it
-    clear: np.ndarray  # [k] bool: whole and touched by nothing else
-
-
-def measure(frames: np.ndarray, labels: np.ndarray, one: Track) -> Measured:
-    """Position, area, colour and shape of a track by soft coverage, in all its frames at once."""
-    h, w = labels.shape[1:]
-    index = np.flatnonzero(one.seen)
-    box = one.box[index]
-    side = int(min(box[:, 2:].max(), np.median(box[:, 2:].max(1)) * 1.8)) + 8
-    corner = np.floor(box[:, :2] + box[:, 2:] / 2 - side / 2 + 0.5).astype(np.int64)
-    step = np.arange(side)
-    column, row = corner[:, 0, None, None] + step, corner[:, 1, None, None] + step[:, None]
-    inside = (column >= 0) & (column < w) & (row >= 0) & (row < h)  # [k side side]
-    place = ((index[:, None, None] * h + row.clip(0, h - 1)) * w + column.clip(0, w - 1))
-    pixels = frames.reshape(-1, 3)[place].astype(np.float32)
-    found = np.where(inside, labels.reshape(-1)[place], 0)
-    label = one.label[index][:, None, None]
-    own = found == label
-    reach, other = _widen(own, 2), _widen((found > 0) & ~own, 1)
-    support = reach & inside & ~((found > 0) & ~own)
-
-    hue = (pixels @ CHROMA.T * np.append(HUES, [[0, 0]], 0)[label - 1]).sum(-1)  # along the hue, or brightness if white
-    signal = np.where(label == WHITE, pixels.min(-1), hue)
-    around = inside & ~reach & (found == 0)
-    ground = (signal * around).sum((1, 2)) / np.maximum(around.sum((1, 2)), 1)
-    signal = (signal - ground[:, None, None]) * support
-    level = inside_level(signal, own)
-    level = np.maximum(_rolling(level, 17, 75), 1e-3)
-    alpha = np.clip(signal / level[:, None, None], 0, 1)
-    area = alpha.sum((1, 2))
-
-    core = own & (alpha > 0.85)
-    core |= own & ~core.any((1, 2), keepdims=True)
-    colour = (pixels * core[..., None]).sum((1, 2)) / core.sum((1, 2))[:, None]
-    centre_x = (alpha * (column + 0.5)).sum((1, 2)) / area
-    centre_y = (alpha * (row + 0.5)).sum((1, 2)) / area
-    whole = area > 0.9 * _rolling(area, 33, 75)  # neither behind something nor cut by the frame
-    clear = whole & ~(other & reach).any((1, 2))
-    x = (column + 0.5 - centre_x[:, None, None]).astype(np.float32)
-    y = (row + 0.5 - centre_y[:, None, None]).astype(np.float32)
-
-    def misfits(rows: np.ndarray, blur: float) -> np.ndarray:
-        misfit = np.empty((len(rows), len(SHAPES)))
-        for i, shape in enumerate(SHAPES):
-            model = drawn(shape, x[rows], y[rows], radius_of(area[rows], i, blur), blur)
-            misfit[:, i] = (((model - alpha[rows]) * inside[rows]) ** 2).sum((1, 2)) / area[rows]
-        return misfit
-
-    some = np.flatnonzero(clear if clear.any() else whole)
-    some = some[:: max(1, len(some) // 12)]
-    blur = min(BLURS, key=lambda sigma: misfits(some, sigma).mean(0).min())
-    radius = np.stack([radius_of(area, i, blur) for i in range(len(SHAPES))], -1)
-    return Measured(index, np.stack([centre_x, centre_y], -1), radius, colour, misfits(np.arange(len(index)), blur), whole, clear)
-
-
-BLURS = (0.0, 0.6, 0.9, 1.2)  # pixels; a generated clip may be softer than a render
-
-
-def drawn(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray, blur: float) -> np.ndarray:
-    """Coverage [k side side] of a shape as `measure` would see it: blurred, and relative to its own inside."""
-    cover = coverage(shape, x, y, radius[:, None, None].astype(np.float32))
-    if blur:
-        k, side, _ = cover.shape
-        room = math.ceil(3 * blur)
-        wide = np.pad(cover, ((0, 0), (room, room), (0, 0))).reshape(-1, side)
-        wide = cv2.GaussianBlur(wide, (2 * room + 1, 2 * room + 1), blur, borderType=cv2.BORDER_CONSTANT)
-        cover = wide.reshape(k, side + 2 * room, side)[:, room:-room]
-    level = inside_level(cover, cover > SOLID)
-    return np.minimum(cover / np.maximum(level, 0.2)[:, None, None], 1)
-
-
-def inside_level(signal: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Strength [k] of a thing inside, from the strongest third of its pixels: thin shapes have few pure ones."""
-    top = -np.sort(-np.where(own, signal, 0).reshape(len(own), -1), 1)
-    count = np.maximum(own.sum((1, 2)) // 3, 1)
-    return np.take_along_axis(np.cumsum(top, 1), count[:, None] - 1, 1)[:, 0] / count
-
-
-@lru_cache
-def _areas(shape: int, blur: float) -> tuple[np.ndarray, np.ndarray]:
-    """What area `measure` finds in a shape of given radius, both in pixels: (radii, areas), rising."""
-    radii = np.geomspace(1.2, 24, 28)
-    step = np.arange(-34, 35, dtype=np.float32)
-    shifts = ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.5, 0.5), (0.25, 0.25))  # where the centre may lie in its pixel
-    areas = [drawn(SHAPES[shape], step + np.float32(dx), step[:, None] + np.float32(dy), radii, blur).sum((1, 2)) for dx, dy in shifts]
-    return radii, np.maximum.accumulate(np.mean(areas, 0))
-
-
-def radius_of(area: np.ndarray, shape: int, blur: float) -> np.ndarray:
-    """Radius [k] in pixels of a shape of which `measure` finds the area [k]."""
-    radii, areas = _areas(shape, blur)
-    small = np.exp(np.interp(np.log(np.maximum(area, 1e-3)), np.log(areas), np.log(radii)))
-    return np.where(area > areas[-1], np.sqrt(area / areas[-1]) * radii[-1], small)
-
-
-def _widen(mask: np.ndarray, by: int) -> np.ndarray:
-    """Dilates each [side side] of a stack of masks by `by` pixels, without leaking from one into the next."""
-    k, side, _ = mask.shape
-    wide = np.pad(mask, ((0, 0), (by, by), (by, by))).reshape(-1, side + 2 * by).view(np.uint8)
-    wide = cv2.dilate(wide, np.ones((2 * by + 1, 2 * by + 1), np.uint8))
-    return wide.reshape(k, side + 2 * by, -1)[:, by:-by, by:-by].view(bool)
-
-
-def _rolling(values: np.ndarray, window: int, percentile: float) -> np.ndarray:
-    """Running percentile of [k], the ends repeated."""
-    half = min(window, len(values)) // 2
-    padded = np.pad(values, half, mode="edge")
-    return np.percentile(np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1), percentile, axis=1)
-
-
-# ---- the camera
-
-
-def register(frames: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Follows the camera by the background, directly on intensities (Lucas and Kanade 1981; Baker and Matthews 2004).
-
-    Each frame is aligned with the middle one by shift, magnification and a change of brightness, from its neighbour's answer.
-    Returns the view [f 3] as of Camera.view(), relative to the middle frame; what remains, root mean square [f] in levels; and
-    the share of the squared difference to the middle frame that the view explains.
-    """
-    f, h, w, _ = frames.shape
-    grey = frames.mean(-1, dtype=np.float32)
-    ground = (labels == 0).astype(np.uint8)
-    scale = min(1.0, 64 / min(h, w))
-    size = (round(w * scale), round(h * scale))
-    grey = np.stack([cv2.GaussianBlur(cv2.resize(g, size, interpolation=cv2.INTER_AREA), (3, 3), 0) for g in grey])
-    ground = np.stack([cv2.erode(cv2.resize(g, size, interpolation=cv2.INTER_NEAREST), np.ones((5, 5), np.uint8)) for g in ground])
-    h, w = grey.shape[1:]
-    x = ((np.arange(w) + 0.5) / h - w / h / 2).astype(np.float32)
-    y = ((np.arange(h) + 0.5) / h - 0.5).astype(np.float32)[:, None]
-    middle = f // 2
-    still, solid = grey[middle], ground[middle].astype(np.float32)
-    view, rest, unmoved = np.zeros((f, 3)), np.zeros(f), np.zeros(f)
-    for t in (*range(middle + 1, f), *range(middle - 1, -1, -1)):
-        guess = view[t - 1 if t > middle else t + 1].copy()  # x, y, log magnification
-        for _ in range(5):
-            zoom = math.exp(-guess[2])
-            shift = [(guess[i] + (0.5 / h - half) * zoom + half) * h - 0.5 for i, half in enumerate((w / h / 2, 0.5))]
-            warp = np.array([[zoom, 0, shift[0]], [0, zoom, shift[1]]])
-            seen = cv2.warpAffine(still, warp, (w, h), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
-            known = cv2.warpAffine(solid, warp, (w, h), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
-            use = (cv2.erode(known, np.ones((3, 3), np.uint8)) > 0.99) & (ground[t] > 0)  # slopes reach one pixel further
-            if use.sum() < 32:
-                break
-            right, down = cv2.Sobel(seen, cv2.CV_32F, 1, 0, scale=h / zoom / 8), cv2.Sobel(seen, cv2.CV_32F, 0, 1, scale=h / zoom / 8)
-            slopes = np.stack([right[use], down[use], (-zoom * (x * right + y * down))[use], np.ones(use.sum(), np.float32)], -1)
-            left = (grey[t] - seen)[use]
-            step = np.linalg.solve(slopes.T @ slopes + np.diag([400, 400, 400, 1]), slopes.T @ left)
-            guess += step[:3]
-            rest[t] = math.sqrt(max(float(left @ left - step @ (slopes.T @ left)), 0) / len(left))
-            if np.abs(step[:3]).max() < 3e-4:
-                break
-        view[t] = guess
-        change = (grey[t] - still)[(ground[t] > 0) & (solid > 0)]
-        unmoved[t] = change.std() if len(change) else 0
-    view[:, 2] = np.exp(view[:, 2])
-    return view, rest, float(1 - (rest**2).sum() / max((unmoved**2).sum(), 1e-6))
-
-
-def name_camera(view: np.ndarray, explained: float, fps: float, seconds: float) -> tuple[Camera, np.ndarray]:
-    """The kind of camera that took a view [f 3] relative to any of its frames, and that view on the scene's own terms.
-
-    A view that explains little of what changes is noise.
-    """
-    t = np.arange(len(view)) / fps
-    rows = np.stack([view[:, 0], view[:, 1], np.log(view[:, 2])], -1)
-    line = np.polyfit(t / seconds, rows, 1) if len(t) > 1 else np.zeros((2, 3))
-    wobble = (rows - np.outer(t / seconds, line[0]) - line[1])[:, :2].std(0)
-    least = {"pan": CAMERA_AMOUNTS["pan"][0], "tilt": CAMERA_AMOUNTS["tilt"][0], "zoom": math.log(CAMERA_AMOUNTS["zoom"][0]),
-             "shake": CAMERA_AMOUNTS["shake"][0] / math.sqrt(6)}  # a mean of three sines
-    moved = {"pan": line[0, 0], "tilt": line[0, 1], "zoom": line[0, 2], "shake": np.hypot(*wobble) / math.sqrt(2)}
-    kind = max(least, key=lambda name: abs(moved[name]) / least[name])
-    if abs(moved[kind]) < 0.5 * least[kind] or explained < 0.3:
-        camera = Camera()
-    elif kind == "shake":
-        camera = Camera("shake", float(np.abs(rows[:, :2] - rows[:, :2].mean(0)).max()))
-    else:
-        forward, backward = {"pan": ("right", "left"), "tilt": ("down", "up"), "zoom": ("in", "out")}[kind]
-        amount = abs(float(moved[kind]))
-        camera = Camera(f"{kind}-{forward if moved[kind] > 0 else backward}", math.exp(amount) if kind == "zoom" else amount)
-    if camera.kind == "static":
-        return camera, np.tile([0.0, 0.0, 1.0], (len(t), 1))
-    ideal = camera.view(t, seconds) if camera.kind != "shake" else np.array([[0.0, 0.0, 1.0]])
-    rows += np.stack([ideal[:, 0], ideal[:, 1], np.log(ideal[:, 2])], -1).mean(0) - rows.mean(0)
-    if kind != "zoom":
-        rows[:, 2] = 0
-    else:
-        rows[:, :2] = 0
-    return camera, np.stack([rows[:, 0], rows[:, 1], np.exp(rows[:, 2])], -1)
-
-
-# ---- paths: unfolding at the walls, and phases
-
-
-@dataclass(frozen=True)
-class Bounce:
-    frame: int  # the last before it
-    axis: int
-    wall: float  # where the path turns round
-    sure: bool
-
-
-def bounces(path: np.ndarray, fps: float, room: np.ndarray) -> list[Bounce]:
-    """Where a path [k 2] (one row a frame) turns round at the walls of `room` [2 2], by time.
-
-    A bounce is a kink near a wall that turns one component of the velocity round and keeps its size. It is sure if it stands
-    out of the noise and the other component keeps its size too, which it does not where a circling begins, nor where another
-    bounce follows at once.
-    """
-    k, window = len(path), max(2, round(1.25 * fps))
-    at = np.arange(1, k - 2)  # a bounce between frames at and at + 1; two frames at least on either side
-    if not len(at):
-        return []
-    t = np.arange(1 - window, window + 1)
-    frame = at[:, None] + t  # [p 2 window]
-    there = (frame >= 0) & (frame < k)
-    rows = path[frame.clip(0, k - 1)]  # [p 2 window, 2]
-    lines = [[_line(rows[..., axis], t, there & side) for side in (t <= 0, t > 0)] for axis in range(2)]
-    found = []
-    for axis in range(2):
-        (before, level, miss_before), (after, _, miss_after) = lines[axis]
-        (across_before, *_), (across_after, *_) = lines[1 - axis]
-        miss = miss_before + miss_after
-        wall = np.where(before > 0, room[1, axis], room[0, axis])
-        near = np.abs(path[at + 1, axis] + path[at, axis] - 2 * wall) / 2 < 0.05 + 0.5 * np.abs(before)
-        slow, fast = np.minimum(np.abs(before), np.abs(after)), np.maximum(np.abs(before), np.abs(after))
-        smooth = _parabola_miss(rows[..., axis], t, there)
-        kink = near & (before * after < 0) & (slow > 0.35 * fast) & (slow * fps > 0.4 * SPEEDS["slow"]) & (miss < 1.3 * smooth)
-        blur = np.sqrt(12 * miss / (2 * window)) / window**1.5  # of a slope, by what the lines leave
-        kept = np.abs(np.abs(across_after) - np.abs(across_before)) < 0.4 * np.hypot(fast, across_before)
-        kept &= (slow > 0.6 * fast) & (miss < smooth) & (slow > 8 * blur)
-        run = np.flatnonzero(kink)
-        for group in np.split(run, np.flatnonzero(np.diff(run) > window) + 1):
-            if len(group):
-                best = group[miss[group].argmin()]
-                later = there[best] & (t > 0)  # the wall is half way between the path and where it would have run on
-                turn = (level[best] + before[best] * t + rows[best, :, axis])[later].mean() / 2
-                found.append(Bounce(int(at[best]), axis, float(turn), bool(kept[best])))
-    return sorted(found, key=lambda b: b.frame)
-
-
-def unfold(path: np.ndarray, turns: list[Bounce]) -> tuple[np.ndarray, np.ndarray]:
-    """Undoes bounces: mirrors what follows each, so that the path [k 2] runs on; and 1 or -1 for each frame's axes, [k 2]."""
-    straight, signs = path.copy(), np.ones(path.shape)
-    for one in turns:
-        later = slice(one.frame + 1, None)
-        wall = straight[one.frame, one.axis] + signs[one.frame, one.axis] * (one.wall - path[one.frame, one.axis])
-        straight[later, one.axis] = 2 * wall - straight[later, one.axis]
-        signs[later, one.axis] *= -1
-    return straight, signs
-
-
-def follow(path: np.ndarray, fps: float, room: np.ndarray) -> tuple[np.ndarray, np.ndarray, list["Leg"]]:
-    """Unfolds a path [k 2] and cuts it into legs; a bounce that is not sure is one only if that makes the legs plainer."""
-    turns = bounces(path, fps, room)
-    straight, signs = unfold(path, turns)
-    found, cost = legs(straight, fps)
-    for one in [turn for turn in turns if not turn.sure]:
-        fewer = [turn for turn in turns if turn is not one]
-        other = unfold(path, fewer)
-        other_found, other_cost = legs(other[0], fps)
-        if other_cost < cost:
-            turns, (straight, signs), found, cost = fewer, other, other_found, other_cost
-    return straight, signs, found
-
-
-def _line(x: np.ndarray, t: np.ndarray, use: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Least-squares slope, level at t = 0 and squared residual [p] of rows x [p w] over t [w], where `use` [p w] says."""
-    n = use.sum(1)
-    mean_t, mean_x = (use * t).sum(1) / n, (use * x).sum(1) / n
-    dt, dx = use * (t - mean_t[:, None]), use * (x - mean_x[:, None])
-    slope = (dt * dx).sum(1) / (dt * dt).sum(1)
-    return slope, mean_x - slope * mean_t, ((dx - slope[:, None] * dt) ** 2).sum(1)
-
-
-def _parabola_miss(x: np.ndarray, t: np.ndarray, use: np.ndarray) -> np.ndarray:
-    """Squared residual [p] of the best parabola through rows x [p w], where `use` says."""
-    basis = np.vander(t / len(t), 3) * use[..., None]  # [p w 3]
-    weights = np.linalg.solve(basis.swapaxes(1, 2) @ basis, basis.swapaxes(1, 2) @ x[..., None])
-    return ((use * x - (basis @ weights)[..., 0]) ** 2).sum(1)
-
-
-def _smooth(path: np.ndarray) -> np.ndarray:
-    """Running mean of [k 2] over 5 frames, ends repeated."""
-    padded = np.pad(path, ((2, 2), (0, 0)), mode="edge")
-    return np.lib.stride_tricks.sliding_window_view(padded, 5, 0).mean(-1)
-
-
-class Fits:
-    """Least-squares fits of rest, straight motion and circling to any stretch of a path [k 2], from running sums."""
-
-    def __init__(self, path: np.ndarray, fps: float):
-        self.fps = fps
-        t = np.arange(len(path)) / fps
-        self.origin = path.mean(0)
-        x, y = (path - self.origin).T
-        q = x * x + y * y
-        smooth = _smooth(path)
-        ahead = np.gradient(smooth, 2, axis=0) if len(path) > 2 else smooth
-        s = np.unwrap(np.arctan2(ahead[:, 1], ahead[:, 0])) * ORBIT  # heading, as a way on a circle
-        terms = np.stack([np.ones_like(t), t, x, y, t * t, t * x, t * y, x * x, x * y, y * y, q * x, q * y, q * q,
-                          s, s * t, s * s], -1)
-        self.sums = np.concatenate([np.zeros((1, terms.shape[1])), np.cumsum(terms, 0)])
-        self.path = path
-
-    def costs(self, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-        """Squared residuals [p 3] of (still, linear, circle) over frames i..j-1, for index arrays i, j [p]."""
-        n, t, x, y, tt, tx, ty, xx, xy, yy, qx, qy, qq, s, st, ss = (self.sums[j] - self.sums[i]).T
-        mx, my, mt = x / n, y / n, t / n
-        still = xx - n * mx * mx + yy - n * my * my
-        vt, cx, cy = tt - n * mt * mt, tx - n * mt * mx, ty - n * mt * my
-        linear = still - (cx * cx + cy * cy) / np.maximum(vt, 1e-9)
-        # Kasa's circle: x^2 + y^2 = 2 a x + 2 b y + c by least squares, about the stretch's own middle for stability
-        sxx, sxy, syy = xx - n * mx * mx, xy - n * mx * my, yy - n * my * my
-        q = xx + yy
-        sqx, sqy, sqq = qx - q * mx, qy - q * my, qq - q * q / n
-        det = np.maximum(sxx * syy - sxy * sxy, 1e-14)
-        a, b = (sqx * syy - sqy * sxy) / det, (sqy * sxx - sqx * sxy) / det  # twice the centre
-        radius2 = q / n - a * mx - b * my + (a * a + b * b) / 4
-        circle = (sqq - a * sqx - b * sqy) / np.maximum(4 * radius2, 1e-9)  # algebraic residual / (2 r)
-        cs = st - mt * s
-        circle += EVEN * (ss - s * s / n - cs * cs / np.maximum(vt, 1e-9))  # turning evenly
-        possible = (radius2 > (0.6 * ORBIT) ** 2) & (radius2 < (1.7 * ORBIT) ** 2)
-        return np.stack([still, linear, np.where(possible, np.maximum(circle, 0), np.inf)], -1)
-
-    def centre(self, i: int, j: int) -> tuple[np.ndarray, float]:
-        """Centre [2] and radius of the circle fitted to frames i..j-1."""
-        part = self.path[i:j]
-        system = np.concatenate([2 * part, np.ones((len(part), 1))], 1)
-        a, b, c = np.linalg.lstsq(system, (part**2).sum(1), rcond=None)[0]
-        return np.array([a, b]), float(np.sqrt(max(c + a * a + b * b, 1e-12)))
-
-    def best(self, i: int, j: int, noise: float) -> tuple[str, np.ndarray]:
-        """The motion of frames i..j-1 and its velocity [2] (for a circle: turn in rad/s and radius), in the unfolded world."""
-        cost = self.costs(np.array([i]), np.array([j]))[0] + np.array([0, 2, 4]) * noise**2 * PLAIN
-        t = np.arange(j - i) / self.fps
-        velocity = np.polyfit(t, self.path[i:j], 1)[0]
-        if cost[2] < min(cost[0], cost[1]):
-            middle, radius = self.centre(i, j)
-            angle = np.unwrap(np.arctan2(*(self.path[i:j] - middle).T[::-1]))
-            turn = np.polyfit(t, angle, 1)[0]
-            if abs(turn) * (j - i) / self.fps > 0.5:
-                return "circle", np.array([turn, radius])
-        return ("still" if np.hypot(*velocity) < REST else "linear"), velocity
-
-
-def _runs_on(one: "Leg", other: "Leg") -> bool:
-    """Whether two neighbouring legs are one motion, cut by noise."""
-    if one.motion != other.motion or (one.motion == "circle" and one.velocity[0] * other.velocity[0] < 0):
-        return False
-    return one.motion != "linear" or np.hypot(*(one.velocity - other.velocity)) < 0.35 * max(one.speed, other.speed)
-
-
-def _tell(leg: "Leg", signs: np.ndarray, start_s: float) -> Phase:
-    """A leg of the unfolded world as a phase of the real one, in the directions of its first frame, where `signs` [2] hold."""
-    if leg.motion == "still":
-        return Phase(start_s, "still")
-    if leg.motion == "circle":
-        return Phase(start_s, "circle", TURNS[0] if leg.velocity[0] * signs.prod() > 0 else TURNS[1], leg.speed)  # y is down
-    angle = math.atan2(leg.velocity[1] * signs[1], leg.velocity[0] * signs[0])
-    return Phase(start_s, "linear", DIRECTIONS[round(angle / (math.pi / 4)) % 8], leg.speed)
-
-
-PLAIN = 20.0  # how much better (in squared noise) a model must be for each degree of freedom more
-CUT = 200.0  # what a further stretch costs, likewise
-EVEN = 0.1  # weight of uneven turning in the misfit of a circle: a dot at rest also lies on one
-REST = 0.02  # frame heights a second: slower is standing still
-
-
-@dataclass(frozen=True)
-class Leg:
-    """A stretch of one motion of an unfolded path."""
-
-    first: int  # frame
-    motion: str  # of MOTIONS
-    velocity: np.ndarray  # [2] frame heights a second; for a circle (turn in rad/s, radius)
-
-    @property
-    def speed(self) -> float:
-        return float(abs(self.velocity[0]) * self.velocity[1] if self.motion == "circle" else np.hypot(*self.velocity))
-
-
-def _noise(path: np.ndarray, window: int) -> float:
-    """How far a path [k 2] strays from parabolas over `window` frames: root mean square of the median stretch."""
-    starts = np.arange(0, max(1, len(path) - window), max(1, window // 4))
-    window = min(window, len(path))
-    if window < 5:
-        return 0.003
-    t, use = np.arange(window), np.ones((len(starts), window), bool)
-    miss = sum(_parabola_miss(path[starts[:, None] + t, axis], t, use) for axis in range(2))
-    return max(0.003, 1.4 * math.sqrt(np.median(miss) / 2 / (window - 3)))
-
-
-def legs(straight: np.ndarray, fps: float) -> tuple[list[Leg], float]:
-    """Cuts an unfolded path [k 2] into rest, straight motion and circling by dynamic programming; also its cost."""
-    k = len(straight)
-    least = max(3, round(0.9 * fps))
-    fits = Fits(straight, fps)
-    noise = _noise(straight, round(2 * fps))
-    if k < 2 * least:
-        return [Leg(0, *fits.best(0, k, noise))], 0.0
-    stride = 2 if fps >= 6 else 1
-    nodes = np.append(np.arange(0, k - least + 1, stride), k)
-    i, j = np.meshgrid(np.arange(len(nodes)), np.arange(len(nodes)), indexing="ij")
-    pair = nodes[j] - nodes[i] >= least
-    i, j = i[pair], j[pair]
-    cost = (fits.costs(nodes[i], nodes[j]) / noise**2 + np.array([0, 2, 4]) * PLAIN).min(1)
-    table = np.full((len(nodes), len(nodes)), np.inf)
-    table[i, j] = cost + CUT
-    best, came = np.full(len(nodes), np.inf), np.zeros(len(nodes), int)
-    best[0] = 0
-    for node in range(1, len(nodes)):
-        total = best[:node] + table[:node, node]
-        came[node] = total.argmin()
-        best[node] = total[came[node]]
-    cuts = [len(nodes) - 1]
-    while cuts[-1]:
-        cuts.append(came[cuts[-1]])
-    cuts = nodes[cuts[::-1]]
-    found: list[Leg] = []
-    for a, b in pairwise(cuts):
-        new = Leg(int(a), *fits.best(a, b, noise))
-        if found and _runs_on(found[-1], new):
-            a = found.pop().first
-            new = Leg(a, *fits.best(a, b, noise))
-        found.append(new)
-    return found, float(best[-1])
+SLACK_S = 0.75  # seconds by which an event may be off
+MOST = 0.75  # share of each phase's time in which the motion must be the wanted one
+KEPT = 0.8  # share of an object's time in which it must have the wanted shape, colour and size
+SIZE_STEP = 0.22  # in log radius: about half way to the next size
+# What an object gains in the matching by each right attribute.
+WEIGHTS = {"shape": 1.0, "colour": 1.0, "size": 0.6, "motion": 0.8, "speed": 0.2, "events": 0.3, "growth": 0.3}
+# Steadiness from which on a flaw no longer counts; softness, noise and small sizes cost true clips some of it.
+FLOORS = {"presence": 0.97, "shape": 0.9, "colour": 0.6, "size": 0.6, "pace": 0.8}
+
+
+def _lab(rgb: np.ndarray) -> np.ndarray:
+    """CIE-Lab [k 3] of RGB levels [k 3]."""
+    return cv2.cvtColor((rgb[None] / 255).astype(np.float32), cv2.COLOR_RGB2Lab)[0]
+
+
+PALETTE_LAB = _lab(PALETTE)
+GROUND_LAB = _lab(np.full((1, 3), GREY))[0]
 
 
 # ---- what is seen
@@ -585,8 +78,8 @@ def legs(straight: np.ndarray, fps: float) -> tuple[list[Leg], float]:
 class Seen:
     """An object as observed: its attributes in the scene's own words, and what they were frame by frame.
 
-    Arrays have one row a frame of the clip; where the object was not seen they hold the nearest frame's value, and `path` is
-    interpolated.
+    Arrays have one row a frame of the clip. Where the object was not seen they hold the nearest frame's value, and its path is
+    drawn straight.
     """
 
     told: Object
@@ -602,174 +95,206 @@ class Seen:
     colours: np.ndarray  # [f] index in COLOURS
     shapes: np.ndarray  # [f] index in SHAPES, over a second or so
 
+    @property
+    def there(self) -> np.ndarray:
+        return self.seen | self.hidden
+
 
 @dataclass(frozen=True)
 class Observation:
     objects: tuple[Seen, ...]
     camera: Camera
-    view: np.ndarray  # [f 3] as Camera.view()
-    count: np.ndarray  # [f] objects in view
+    view: np.ndarray  # [f 3] as of Camera.view()
+    count: np.ndarray  # [f] objects in view, over a second or so
     background_drift: float  # levels by which the background's ends differ from its middle frame, the camera undone
     fps: float
     height: int  # pixels
 
     def to_json(self) -> dict:
         """What was observed, without the arrays."""
-        return {"objects": [asdict(o.told) | {"vanish_s": min(o.told.vanish_s, len(o.seen) / self.fps)} for o in self.objects],
-                "camera": {"kind": self.camera.kind, "amount": self.camera.amount}, "background_drift": self.background_drift}
+        objects = [asdict(one.told) | {"vanish_s": min(one.told.vanish_s, len(one.seen) / self.fps)} for one in self.objects]
+        return {"objects": objects, "camera": {"kind": self.camera.kind, "amount": self.camera.amount}}
 
 
 def observe(frames: np.ndarray, fps: float = 8, seconds: float | None = None) -> Observation:
-    """Reads a clip, uint8 [f h w 3]. `seconds` is the length of the scene it is the beginning of, by default the clip's own."""
-    frames = np.asarray(frames)
+    """Reads a clip, uint8 [f h w 3]. `seconds` is the length of the scene it is the beginning of, by default the clip's own.
+
+    ValueError if the frames are not such an array.
+    """
+    frames = np.ascontiguousarray(frames)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
-        raise ValueError(f"frames must be uint8 [f h w 3], got {frames.dtype} {list(frames.shape)}")
+        raise ValueError(f"frames must be uint8 [f h w 3] with at least one frame, got {frames.dtype} {list(frames.shape)}")
     f, h, w, _ = frames.shape
     seconds = seconds or f / fps
     labels = segment(frames)
     view, rest, explained = register(frames, labels)
     camera, view = name_camera(view, explained, fps, seconds)
-    tracks = track(labels, fps)
-    measured = [measure(frames, labels, one) for one in tracks]
-    objects = [_describe(one, m, view, camera, f, h, w, fps, seconds) for one, m in zip(tracks, measured)]
-    objects = tuple(_hide(o, [p for p in objects if p is not o]) for o in objects)
-    count = np.sum([o.seen | o.hidden for o in objects], 0) if objects else np.zeros(f, int)
-    ends = np.append(rest[: max(1, f // 4)], rest[-max(1, f // 4) :])
-    return Observation(objects, camera, view, count, float(ends.mean()), fps, h)
+    measured = [measure(frames, labels, one) for one in track(labels, fps)]
+    objects = [_describe(one, view, camera, (f, h, w), fps, seconds) for one in measured]
+    objects = [_hide(one, [other for other in objects if other is not one]) for one in objects]
+    count = np.sum([one.there for one in objects], 0) if objects else np.zeros(f)
+    count = rolling(count, round(fps) | 1, 50).round().astype(int)
+    ends = np.append(rest[: max(1, f // 4)], rest[-max(1, f // 4):])
+    return Observation(tuple(objects), camera, view, count, float(ends.mean()), fps, h)
 
 
-LAB = cv2.cvtColor(PALETTE[None] / 255, cv2.COLOR_RGB2Lab)[0]
-SLACK_S = 0.75  # seconds by which an event may be off
-
-
-def _describe(one: Track, m: Measured, view: np.ndarray, camera: Camera, f: int, h: int, w: int, fps: float, seconds: float) -> Seen:
-    """Turns a measured track into an object."""
-    k = len(m.index)
+def _describe(m: Measured, view: np.ndarray, camera: Camera, size: tuple[int, int, int], fps: float, seconds: float) -> Seen:
+    """Names what was measured."""
+    (f, h, w), k = size, len(m.index)
     clear = m.clear if m.clear.sum() >= max(2, 0.2 * k) else np.ones(k, bool)
     shape = int(m.misfit[clear].mean(0).argmin())
     window = min(k - 1, round(fps)) | 1
     misfit = np.pad(m.misfit * clear[:, None], ((window // 2, window // 2), (0, 0)))
-    local = np.lib.stride_tricks.sliding_window_view(misfit, window, 0).sum(-1)  # [k shapes]
-    shapes = np.where(local.any(1), local.argmin(1), shape)
-
-    lab = cv2.cvtColor((m.colour[None] / 255).astype(np.float32), cv2.COLOR_RGB2Lab)[0]
-    colours = np.linalg.norm(lab[:, None] - LAB, axis=-1).argmin(1)
-    colour = int(np.bincount(colours).argmax())
+    misfit = np.lib.stride_tricks.sliding_window_view(misfit, window, 0).sum(-1)  # [k shapes]
+    shapes = np.where(misfit.any(1), misfit.argmin(1), shape)
+    lab = _lab(m.colour)
+    colours = np.linalg.norm(lab[:, None] - PALETTE_LAB, axis=-1).argmin(1)
 
     radius = m.radius[:, shape] / h / view[m.index, 2]
     s = m.index / fps / seconds
-    ratio = 1.0
-    if clear.sum() >= 4:
-        slope, first = np.polyfit(s[clear], radius[clear], 1)
-        ratio = max(first + slope, 1e-3) / max(first, 1e-3)
-    change = math.log(ratio) * (s[-1] - s[0])  # within the clip; a little of it is noise
-    growth = "none" if abs(change) < 0.08 or abs(math.log(ratio)) < 0.2 else "grow" if change > 0 else "shrink"
-    base = np.median((radius / (1 + (GROWTH_FACTOR[growth] - 1) * s))[clear])
-    size = min(RADII, key=lambda name: abs(math.log(RADII[name] / base)))
+    slope, first = np.polyfit(s[clear], radius[clear], 1) if clear.sum() >= 4 else (0.0, 1.0)
+    ratio = math.log(max(first + slope, 1e-3) / max(first, 1e-3))  # of the last radius to the first
+    little = abs(ratio) < 0.2 or abs(ratio) * (s[-1] - s[0]) < 0.08  # of a short clip, the noise
+    growth = "none" if little else "grow" if ratio > 0 else "shrink"
+    base = np.median((radius / _scale(growth, s))[clear])
+    size_name = min(RADII, key=lambda name: abs(math.log(RADII[name] / base)))
 
     middle = np.array([w / h / 2, 0.5])
     place = middle + view[m.index, :2] + (m.centre / h - middle) / view[m.index, 2:]
     frame = np.arange(m.index[0], m.index[-1] + 1)
     path = np.stack([np.interp(frame, m.index[m.whole], place[m.whole, axis]) for axis in range(2)], -1)
-    margin = RADII[size] * max(1.0, GROWTH_FACTOR[growth])
+    margin = RADII[size_name] * max(1.0, GROWTH_FACTOR[growth])
     low, high = stage(camera, w / h)
-    straight, signs, found = follow(path, fps, np.stack([low + margin, high - margin]))
-    start_s, end_s = m.index[0] / fps, (m.index[-1] + 1) / fps
-    told_phases = tuple(_tell(leg, signs[leg.first], start_s + leg.first / fps) for leg in found)
-    appear = 0.0 if start_s <= SLACK_S / 2 else start_s
-    vanish = math.inf if end_s >= f / fps - SLACK_S / 2 else end_s
-    told = Object(SHAPES[shape], COLOURS[colour], size, tuple(float(v) for v in path[0]), told_phases, appear, vanish, growth)
+    straight, signs, legs = follow(path, fps, np.stack([low + margin, high - margin]))
+    start_s, end_s = frame[0] / fps, (frame[-1] + 1) / fps
+    told = Object(SHAPES[shape], COLOURS[np.bincount(colours).argmax()], size_name, (float(path[0, 0]), float(path[0, 1])),
+                  tuple(_tell(leg, signs[leg.first], float(start_s + leg.first / fps)) for leg in legs),
+                  0.0 if start_s <= SLACK_S / 2 else float(start_s),
+                  math.inf if end_s >= f / fps - SLACK_S / 2 else float(end_s), growth)
     row = np.abs(np.arange(f)[:, None] - m.index).argmin(1)
     spread = np.clip(np.arange(f) - frame[0], 0, len(frame) - 1)
-    leg = np.searchsorted([leg.first for leg in found], spread, "right") - 1
-    return Seen(told, tuple(found), one.seen, np.zeros(f, bool), path[spread], straight[spread], signs[spread], leg, radius[row],
+    leg = np.searchsorted([leg.first for leg in legs], spread, "right") - 1
+    seen = np.zeros(f, bool)
+    seen[m.index] = True
+    return Seen(told, tuple(legs), seen, np.zeros(f, bool), path[spread], straight[spread], signs[spread], leg, radius[row],
                 lab[row], colours[row], shapes[row])
 
 
+def _scale(growth: str, s: np.ndarray) -> np.ndarray:
+    """Radius over first radius at the share `s` of the scene's length."""
+    return 1 + (GROWTH_FACTOR[growth] - 1) * np.clip(s, 0, 1)
+
+
+def _tell(leg: Leg, signs: np.ndarray, start_s: float) -> Phase:
+    """A leg of the unfolded world as a phase of the real one, in the directions of its first frame, where `signs` [2] hold."""
+    if leg.motion == "still":
+        return Phase(start_s, "still")
+    if leg.motion == "circle":
+        return Phase(start_s, "circle", TURNS[0] if leg.velocity[0] * signs.prod() > 0 else TURNS[1], leg.speed)  # y is down
+    angle = math.atan2(leg.velocity[1] * signs[1], leg.velocity[0] * signs[0])
+    return Phase(start_s, "linear", DIRECTIONS[round(angle / (math.pi / 4)) % 8], leg.speed)
+
+
 def _hide(one: Seen, others: list[Seen]) -> Seen:
-    """Marks where an unseen object is behind another."""
+    """Marks the frames in which an object that comes back is behind another."""
     hidden = np.zeros_like(one.seen)
-    first, last = np.flatnonzero(one.seen)[[0, -1]]
     for other in others:
-        near = np.linalg.norm(one.path - other.path, axis=1) < one.radius + other.radius
-        hidden |= near & other.seen & ~one.seen
+        hidden |= other.seen & (np.linalg.norm(one.path - other.path, axis=1) < one.radius + other.radius)
+    first, last = np.flatnonzero(one.seen)[[0, -1]]
     hidden[:first] = hidden[last:] = False
-    return replace(one, hidden=hidden)
+    return replace(one, hidden=hidden & ~one.seen)
 
 
 # ---- the verdict
 
-RIGHT_MOTION = 0.75  # share of every phase's time in which the motion must be the wanted one
-
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a clip is worth against a scene. Scores are in [0, 1], 1 = all right; `joint` = every one of them passes."""
+    """What a clip is worth against a scene.
 
-    scores: dict[str, float]  # attributes: the share of objects, wanted and seen, that are right
-    steadiness: dict[str, float]  # of each attribute through time, over the matched objects
+    Scores are in [0, 1]: `count` and `camera` are right or not, the others the share of objects, wanted or seen, that are right.
+    `joint` = every score is 1. Steadiness is in [0, 1] too: the mean over matched objects of how they keep what they are; an
+    object is `steady` if none of it falls below its floor.
+    """
+
+    scores: dict[str, float]  # count, shape, colour, size, motion, speed, events, growth, steady, camera
+    steadiness: dict[str, float]  # presence, shape, colour, size, pace
     joint: bool
     velocity_error: float  # pixels a frame, mean over matched objects and time, bounces undone; nan if nothing matches
     permanence: tuple[float, ...]  # [f] share of wanted objects that kept identity, colour and size up to each frame
     count: tuple[int, ...]  # [f] objects in view
-    drift: dict[str, float]  # from the first to the last quarter: colour (CIE-Lab), size (ratio - 1), background (grey levels)
-    pairs: tuple[tuple[int, int], ...]  # (index in the scene's objects that the clip reaches, index in the observation's objects)
+    drift: dict[str, float]  # first to last quarter: colour (CIE-Lab), size (ratio - 1); background (levels, to the middle)
+    pairs: tuple[tuple[int, int], ...]  # (index among the scene's objects that the clip reaches, index in observed objects)
     observed: dict  # Observation.to_json()
 
     def to_json(self) -> dict:
-        """Plain lists and dicts, numbers rounded to 4 places."""
-        return _rounded(asdict(self))
+        """Plain lists and dicts; numbers rounded to 4 places, None for nan and inf."""
+        return _plain(asdict(self))
 
 
-def _rounded(value):
+def _plain(value):
     if isinstance(value, dict):
-        return {key: _rounded(v) for key, v in value.items()}
+        return {key: _plain(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(v) for v in value]
+        return [_plain(v) for v in value]
     if isinstance(value, float):
         return round(value, 4) if math.isfinite(value) else None
     return value
 
 
-FLOORS = {"presence": 0.97, "colour": 0.6, "shape": 0.9, "size": 0.6, "pace": 0.8}  # steadiness that passes
-
-
 def judge(frames: np.ndarray, scene: Scene, fps: float = 8) -> Verdict:
     """Scores a clip, uint8 [f h w 3], against a scene; positions and the background's texture do not count.
 
-    A clip shorter than the scene is judged as its beginning. ValueError if the frames are not such a clip.
+    A clip shorter than the scene is judged as its beginning. ValueError if the frames are not such an array.
     """
-    seen = observe(frames, fps, scene.seconds)
-    f, clip_s = len(frames), len(frames) / fps
-    wanted = [o for o in scene.objects if o.appear_s < clip_s - SLACK_S]
-    looks = [[_look(o, s, fps, clip_s, scene) for s in seen.objects] for o in wanted]
+    return compare(observe(frames, fps, scene.seconds), scene)
+
+
+def compare(seen: Observation, scene: Scene) -> Verdict:
+    """Scores what was seen in a clip against a scene."""
+    f = len(seen.view)
+    clip_s = f / seen.fps
+    wanted = [one for one in scene.objects if one.appear_s < clip_s - SLACK_S]
+    looks = [[_look(want, one, seen.fps, scene.seconds) for one in seen.objects] for want in wanted]
     pairs = match([[look.right for look in row] for row in looks])
-    most = max(len(wanted), len(seen.objects))
-    scores = {"count": float(len(wanted) == len(seen.objects))}
-    for name in WEIGHTS:
-        scores[name] = sum(looks[i][j].right[name] for i, j in pairs) / most if most else 1.0
-    scores["camera"] = float(seen.camera.kind == scene.camera.kind)
     matched = [looks[i][j] for i, j in pairs]
-    steadiness = {name: float(np.mean([look.steady[name] for look in matched])) if matched else 1.0 for name in FLOORS}
-    worst = {name: min((look.steady[name] for look in matched), default=1.0) for name in FLOORS}
-    joint = all(v == 1 for v in scores.values()) and all(worst[name] >= floor for name, floor in FLOORS.items())
-    permanence = np.sum([look.kept for look in matched], 0) / len(wanted) if matched else np.full(f, float(not wanted))
+    scores = {"count": same_count(wanted, seen.count, len(seen.objects), seen.fps),
+              **tally([look.right for look in matched], len(wanted), len(seen.objects)),
+              "steady": float(np.mean([look.is_steady for look in matched])) if matched else float(not wanted),
+              "camera": float(seen.camera.kind == scene.camera.kind)}
     errors = [look.velocity_error for look in matched if math.isfinite(look.velocity_error)]
+    kept = np.sum([look.kept for look in matched], 0) / len(wanted) if matched else np.full(f, float(not wanted))
     drift = {name: float(np.mean([look.drift[name] for look in matched])) if matched else 0.0 for name in ("colour", "size")}
-    return Verdict(scores, steadiness, joint, float(np.mean(errors)) * frames.shape[1] / fps if errors else math.nan,
-                   tuple(float(v) for v in permanence), tuple(int(v) for v in seen.count), drift | {"background": seen.background_drift},
-                   tuple(pairs), seen.to_json())
+    return Verdict(
+        scores=scores,
+        steadiness={name: float(np.mean([look.steady[name] for look in matched])) if matched else 1.0 for name in FLOORS},
+        joint=all(score == 1 for score in scores.values()),
+        velocity_error=float(np.mean(errors)) * seen.height / seen.fps if errors else math.nan,
+        permanence=tuple(kept.tolist()),
+        count=tuple(seen.count.tolist()),
+        drift=drift | {"background": seen.background_drift},
+        pairs=tuple(pairs), observed=seen.to_json())
 
 
-WEIGHTS = {"shape": 1.0, "colour": 1.0, "size": 0.6, "motion": 0.8, "speed": 0.2, "events": 0.3, "growth": 0.3}  # in matching
+def same_count(wanted: list[Object], count: np.ndarray, objects: int, fps: float) -> float:
+    """1 if as many objects were seen as wanted, and at almost any time [f] as many at once; else 0."""
+    t = (np.arange(len(count)) + 0.5) / fps
+    expected = np.sum([visible(one, t) for one in wanted], 0) if wanted else np.zeros(len(t))
+    return float(len(wanted) == objects and (count == expected).mean() >= 0.85)
+
+
+def tally(rights: list[dict[str, bool]], wanted: int, seen: int) -> dict[str, float]:
+    """Share of objects, wanted or seen, that are right in each attribute, from those of the matched pairs."""
+    most = max(wanted, seen)
+    return {name: sum(right[name] for right in rights) / most if most else 1.0 for name in WEIGHTS}
 
 
 def match(right: list[list[dict[str, bool]]]) -> list[tuple[int, int]]:
     """Pairs wanted with seen objects so that the weighted sum of right attributes is greatest (Kuhn 1955)."""
     if not right or not right[0]:
         return []
-    gain = np.array([[sum(WEIGHTS[name] * ok for name, ok in cell.items()) for cell in row] for row in right])
-    return [(int(i), int(j)) for i, j in zip(*linear_sum_assignment(-gain))]
+    gain = np.array([[sum(WEIGHTS[name] for name, ok in cell.items() if ok) for cell in row] for row in right])
+    return [(int(i), int(j)) for i, j in zip(*linear_sum_assignment(-gain), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -782,91 +307,85 @@ class Look:
     velocity_error: float  # frame heights a second
     drift: dict[str, float]
 
+    @property
+    def is_steady(self) -> bool:
+        return all(self.steady[name] >= floor for name, floor in FLOORS.items())
 
-def _look(want: Object, one: Seen, fps: float, clip_s: float, scene: Scene) -> Look:
+
+def _look(want: Object, one: Seen, fps: float, seconds: float) -> Look:
     f, told = len(one.seen), one.told
-    t = (np.arange(f) + 0.5) / fps
+    clip_s, t = f / fps, (np.arange(f) + 0.5) / fps
     until = min(want.vanish_s, clip_s)
-    there = (t > want.appear_s) & (t < until) & (one.seen | one.hidden)
-    surely = (t > want.appear_s + SLACK_S * (want.appear_s > 0)) & (t < until - SLACK_S * (want.vanish_s < clip_s))
+    there = (t > want.appear_s) & (t < until) & one.there
     if not there.any():
-        return Look(dict.fromkeys(WEIGHTS, False), dict.fromkeys(FLOORS, 0.0), np.zeros(f, bool), math.nan, {"colour": 0.0, "size": 0.0})
-    right = {name: getattr(told, name) == getattr(want, name) for name in ("shape", "colour", "size", "growth")}
-    right["growth"] |= clip_s < scene.seconds / 2  # too short to tell
+        nothing = {"colour": 0.0, "size": 0.0}
+        return Look(dict.fromkeys(WEIGHTS, False), dict.fromkeys(FLOORS, 0.0), np.zeros(f, bool), math.nan, nothing)
+    right, pace, velocity_error = _moves(want, one, there, fps)
+    right["events"] &= _same_time(told.appear_s, want.appear_s, clip_s) and _same_time(told.vanish_s, want.vanish_s, clip_s)
 
-    second = max(1, round(fps / 2))
+    log_radius = _settled(np.log(one.radius / _scale(want.growth, t / seconds)), fps)
+    shaped, coloured = one.shapes == SHAPES.index(want.shape), one.colours == COLOURS.index(want.colour)
+    sized = np.abs(log_radius - math.log(RADII[want.size])) < SIZE_STEP
+    for name, frames in (("shape", shaped), ("colour", coloured), ("size", sized)):
+        right[name] = getattr(told, name) == getattr(want, name) and bool(frames[there].mean() >= KEPT)
+    right["growth"] = told.growth == want.growth or clip_s < seconds / 2  # in less it cannot be told
+
+    # by the slack of events, it should be in view for sure
+    surely = (t > want.appear_s + SLACK_S * (want.appear_s > 0)) & (t < until - SLACK_S * (want.vanish_s < clip_s))
+    shade = _settled(_apart(one.lab, np.median(one.lab[there], 0)), fps)
+    stretch = np.abs(log_radius - np.median(log_radius[there]))
+    steady = {"presence": float(one.there[surely].mean()) if surely.any() else 1.0,
+              "shape": float((one.shapes == SHAPES.index(told.shape))[there].mean()),
+              "colour": float(1 - min(1, np.percentile(shade[there], 95) / 25)),
+              "size": float(1 - min(1, np.percentile(stretch[there], 95) / 0.25)),
+              "pace": pace}
+    lost = surely & ~(one.there & shaped & coloured & sized)
+    lost = np.convolve(lost, np.ones(3), "same") >= 3  # a frame or two is a flicker, which presence counts
+    first, last = np.array_split(np.flatnonzero(there), 4)[0], np.flatnonzero(there)[-max(1, there.sum() // 4):]
+    drift = {"colour": float(np.linalg.norm(one.lab[first].mean(0) - one.lab[last].mean(0))),
+             "size": math.exp(log_radius[last].mean() - log_radius[first].mean()) - 1}
+    return Look(right, steady, ~np.maximum.accumulate(lost), velocity_error, drift)
+
+
+def _moves(want: Object, one: Seen, there: np.ndarray, fps: float) -> tuple[dict[str, bool], float, float]:
+    """Holds a path against the wanted phases, bounces undone.
+
+    Returns what is right of motion, speed and the times of the phases; the share of time at an even pace; and the mean error of
+    the velocity in frame heights a second (of its size alone, while circling).
+    """
+    f = len(there)
+    t = (np.arange(f) + 0.5) / fps
     velocity = np.gradient(one.straight, 1 / fps, axis=0) if f > 1 else np.zeros((f, 2))
-    velocity = cv2.blur(velocity, (1, 2 * second + 1), borderType=cv2.BORDER_REPLICATE)
+    velocity = cv2.blur(velocity, (1, 2 * max(1, round(fps / 2)) + 1), borderType=cv2.BORDER_REPLICATE)
     pace = np.hypot(*velocity.T)
-    shares, speeds, even, errors, ways = [], [], [], [], []
-    ends = [*(p.start_s for p in want.phases[1:]), until]
-    for phase, end_s in zip(want.phases, ends):
-        inner = np.flatnonzero(there & (t > phase.start_s + 0.4) & (t < min(end_s, clip_s) - 0.4))
+    leg_speed = np.array([leg.speed for leg in one.legs])[one.leg]
+    agree, speeds, even, errors, read = [], [], [], [], []
+    for phase, end_s in zip(want.phases, [*(p.start_s for p in want.phases[1:]), want.vanish_s], strict=True):
+        inner = np.flatnonzero(there & (t > phase.start_s + 0.4) & (t < min(end_s, f / fps) - 0.4))
         if not len(inner):
             continue
         signs = one.signs[inner[0]]
-        agrees = np.array([_agrees(leg, phase, signs) for leg in one.legs])[one.leg[inner]]
-        shares.append(agrees.mean())
-        ways.append((phase, signs))
-        here = pace[inner]
+        read.append((phase, signs))
+        agree.append(np.array([_agrees(leg, phase, signs) for leg in one.legs])[one.leg[inner]].mean())
         if phase.motion == "still":
-            even.append(here < 1.5 * REST)
-            errors.append(here)
+            even.append(pace[inner] < 1.5 * REST)
+            errors.append(pace[inner])
             continue
-        typical = np.median(here)
-        speed = float(np.median([one.legs[i].speed for i in one.leg[inner]]))
-        wanted_speed = phase.speed or min(SPEEDS.values(), key=lambda v: abs(v - speed))
-        speeds.append(abs(math.log(max(speed, 1e-6) / wanted_speed)) < math.log(SPEEDS["fast"] / SPEEDS["slow"]) / 2)
-        even.append(np.abs(np.log(np.maximum(here, 1e-6) / max(typical, 1e-6))) < 0.4)
+        speed = float(np.median(leg_speed[inner]))
+        asked = phase.speed or min(SPEEDS.values(), key=lambda known: abs(known - speed))
+        speeds.append(abs(math.log(max(speed, 1e-6) / asked)) < math.log(SPEEDS["fast"] / SPEEDS["slow"]) / 2)
+        even.append(np.abs(np.log(np.maximum(pace[inner], 1e-6) / max(np.median(pace[inner]), 1e-6))) < 0.4)
         if phase.motion == "linear":
-            errors.append(np.hypot(*(velocity[inner] - heading(phase.direction) * signs * wanted_speed).T))
+            errors.append(np.hypot(*(velocity[inner] - heading(phase.direction) * signs * asked).T))
         else:
-            errors.append(np.abs(here - wanted_speed))
-    right["motion"] = min(shares, default=0.0) >= RIGHT_MOTION
-    right["speed"] = all(speeds)
-    right["events"] = _same_time(told.appear_s, want.appear_s, clip_s) and _same_time(told.vanish_s, want.vanish_s, clip_s)
-    changes = [leg.first / fps + np.argmax(one.seen) / fps for leg in one.legs[1:]]
-    for (old, old_signs), (new, new_signs) in pairwise(ways):
-        unseen = old.motion == new.motion == "linear" and np.allclose(heading(old.direction) * old_signs, heading(new.direction) * new_signs)
-        right["events"] &= unseen or any(abs(change - new.start_s) <= SLACK_S for change in changes)
-
-    curve = np.log(one.radius / (1 + (GROWTH_FACTOR[want.growth] - 1) * np.clip(t / scene.seconds, 0, 1)))
-    off = np.abs(curve - np.median(curve[there]))
-    shade = _apart(one.lab, np.median(one.lab[there], 0))
-    shade, off = _settled(shade, fps), _settled(off, fps)
-    steady = {"presence": float((one.seen | one.hidden)[surely].mean()) if surely.any() else 1.0,
-              "colour": float(1 - min(1, np.percentile(shade[there], 95) / 25)),
-              "shape": float((one.shapes == SHAPES.index(told.shape))[there].mean()),
-              "size": float(1 - min(1, np.percentile(off[there], 95) / 0.25)),
-              "pace": float(np.concatenate(even).mean()) if even else 1.0}
-    fine = (one.seen | one.hidden) & (one.colours == COLOURS.index(want.colour)) & (one.shapes == SHAPES.index(want.shape))
-    fine &= np.abs(_settled(curve, fps) - math.log(RADII[want.size])) < 0.22
-    lost = np.convolve(surely & ~fine, np.ones(3), "same") >= 3
-    quarter = [np.flatnonzero(there)[: max(1, there.sum() // 4)], np.flatnonzero(there)[-max(1, there.sum() // 4) :]]
-    drift = {"colour": float(np.linalg.norm(one.lab[quarter[0]].mean(0) - one.lab[quarter[1]].mean(0))),
-             "size": float(math.exp(curve[quarter[1]].mean() - curve[quarter[0]].mean()) - 1)}
-    return Look({k: bool(v) for k, v in right.items()}, steady, ~np.maximum.accumulate(lost),
-                float(np.concatenate(errors).mean()) if errors else math.nan, drift)
-
-
-GROUND = cv2.cvtColor(np.full((1, 1, 3), GREY / 255, np.float32), cv2.COLOR_RGB2Lab)[0, 0]
-
-
-def _apart(lab: np.ndarray, usual: np.ndarray) -> np.ndarray:
-    """Distance [f] of colours from the usual one, blind to a little background in them: thin shapes have no pure pixel."""
-    ray = usual - GROUND
-    share = np.clip((lab - GROUND) @ ray / max(float(ray @ ray), 1e-6), 0.65, 1.15)
-    return np.linalg.norm(lab - GROUND - share[:, None] * ray, axis=1)
-
-
-def _settled(values: np.ndarray, fps: float) -> np.ndarray:
-    """Running median of [f] over half a second."""
-    return _rolling(values, round(fps / 2) | 1, 50)
-
-
-def _same_time(one_s: float, other_s: float, clip_s: float) -> bool:
-    """Whether two events fall together; what lies beyond the clip's end is all the same."""
-    return abs(min(one_s, clip_s) - min(other_s, clip_s)) <= SLACK_S
+            errors.append(np.abs(pace[inner] - asked))
+    changes = [(leg.first + np.argmax(one.seen)) / fps for leg in one.legs[1:]]
+    timed = all(_runs_into(*before, *after) or any(abs(change - after[0].start_s) <= SLACK_S for change in changes)
+                for before, after in pairwise(read))
+    right = {"motion": bool(min(agree, default=0.0) >= MOST), "speed": all(speeds), "events": timed}
+    if not read:
+        return right, 1.0, math.nan
+    return right, float(np.concatenate(even).mean()), float(np.concatenate(errors).mean())
 
 
 def _agrees(leg: Leg, phase: Phase, signs: np.ndarray) -> bool:
@@ -876,3 +395,62 @@ def _agrees(leg: Leg, phase: Phase, signs: np.ndarray) -> bool:
     if leg.motion == "circle":
         return leg.velocity[0] * signs.prod() * (1 if phase.direction == TURNS[0] else -1) > 0
     return leg.motion == "still" or leg.velocity @ (heading(phase.direction) * signs) > math.cos(math.pi / 8) * leg.speed
+
+
+def _runs_into(phase: Phase, signs: np.ndarray, after: Phase, after_signs: np.ndarray) -> bool:
+    """Whether the change from one phase to the next cannot be seen: a turn that looks like a bounce, or none."""
+    both = phase.motion == after.motion == "linear"
+    return both and np.allclose(heading(phase.direction) * signs, heading(after.direction) * after_signs)
+
+
+def _same_time(one_s: float, other_s: float, clip_s: float) -> bool:
+    """Whether two events fall together; what lies beyond the clip's end is all the same."""
+    return abs(min(one_s, clip_s) - min(other_s, clip_s)) <= SLACK_S
+
+
+def _settled(values: np.ndarray, fps: float) -> np.ndarray:
+    """Running median of [f] over half a second."""
+    return rolling(values, round(fps / 2) | 1, 50)
+
+
+def _apart(lab: np.ndarray, usual: np.ndarray) -> np.ndarray:
+    """Distance [f] of colours from the usual one, blind to a little background in them: thin shapes have no pure pixel."""
+    ray = usual - GROUND_LAB
+    share = np.clip((lab - GROUND_LAB) @ ray / max(float(ray @ ray), 1e-6), 0.65, 1.15)
+    return np.linalg.norm(lab - GROUND_LAB - share[:, None] * ray, axis=1)
+
+
+# ---- the command
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Judges a file, or the judge itself; prints JSON. Returns the exit status: 2 for the user's mistakes, told in one line."""
+    parser = argparse.ArgumentParser(prog="python -m latte.world.judge", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("clip", nargs="?", help="a video file")
+    parser.add_argument("--prompt", help="the caption that the clip should show")
+    parser.add_argument("--fps", type=float, default=8.0, help="rate at which the clip is read (default: %(default)g)")
+    parser.add_argument("--selfcheck", type=int, metavar="N", help="judge N true renders, planted faults and wrong scenes instead")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", type=int, default=64, help="height and width of the self-check's clips (default: %(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        if args.selfcheck is not None:
+            from latte.world.selfcheck import selfcheck  # it stands on this module
+
+            report = selfcheck(args.selfcheck, args.seed, args.size)
+        elif args.clip is None or args.prompt is None:
+            raise ValueError("give a video file and --prompt \"...\", or --selfcheck N")
+        else:
+            frames = round(video.probe(args.clip, count=True).duration_s * args.fps)
+            clip = video.read(args.clip, frames=max(frames, 1), fps=args.fps)
+            report = judge(clip, parse(args.prompt), args.fps).to_json()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(report, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
