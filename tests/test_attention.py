@@ -74,12 +74,13 @@ def test_backend_equals_the_formula(backend, n, l, masked, device):
             torch.testing.assert_close(mine.double(), theirs, **close)
 
 
-@pytest.mark.parametrize("limit", [0, 2**24])
+@pytest.mark.parametrize("limit", [0, 256 * 256])
 def test_bfloat16_on_a_cpu_equals_the_formula_either_way(monkeypatch, limit):
     monkeypatch.setattr(module, "PLAIN_LOGITS", limit)
     q, k, v = tensors(16, 20, dtype=torch.bfloat16)
     expected, gradients = formula(q, k, v, text_bias(20))
     y = attention(q, k, v, text_bias(20))
+    assert torch.equal(y, attention(q, k, v, text_bias(20), "math")) == (limit > 0)
     torch.testing.assert_close(y.double(), expected, rtol=2e-2, atol=2e-2)
     for mine, theirs in zip(torch.autograd.grad((y * ramp(y)).sum(), (q, k, v)), gradients, strict=True):
         torch.testing.assert_close(mine.double(), theirs, rtol=2e-2, atol=2e-2)
@@ -135,6 +136,22 @@ def test_a_backend_that_is_there_but_refuses_is_named(monkeypatch, fresh_probes)
     monkeypatch.setitem(BACKENDS, "xformers", refuse)
     with pytest.raises(ValueError, match=r"model\.attention: xformers .* NotImplementedError: no kernel for this\. Use sdpa"):
         attention(*tensors(4, 4), backend="xformers")
+
+
+def test_the_probe_goes_backward_where_the_call_would(monkeypatch, fresh_probes):
+    class ForwardOnly(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            return module._math(q, k, v, None)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise RuntimeError("no way back")
+
+    monkeypatch.setitem(BACKENDS, "flash", lambda q, k, v, bias: ForwardOnly.apply(q, k, v))
+    assert attention(*tensors(4, 4, grad=False), backend="flash").shape == (2, 3, 4, 16)
+    with pytest.raises(ValueError, match="with gradients.*no way back"):
+        attention(*tensors(4, 4), backend="flash")
 
 
 def test_flex_says_that_it_cannot_train_on_a_cpu():

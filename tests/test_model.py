@@ -231,11 +231,12 @@ def test_a_temporal_block_keeps_positions_apart(turning):
 @torch.no_grad()
 def test_images_and_video_of_a_joint_batch_do_not_see_each_other():
     model, x, t, text = small(), random(2, 7, 4, 8, 8), torch.tensor([999, 3]), random(2, 3, 7, 32, seed=1)
-    joint = model(x, t, text, image_frames=2)
+    mask = torch.stack([(torch.arange(7) < keep).float().expand(2, 7) for keep in (7, 3, 5)], dim=1)  # [b 1+images l]
+    joint = model(x, t, text, mask, image_frames=2)
     assert_same(joint[:, :5], model(x[:, :5], t, text[:, 0]))
-    for image in (0, 1):
-        alone = model(x[:, [5 + image]], t, text[:, 1 + image], image_frames=1)
-        assert_same(joint[:, [5 + image]], alone)
+    for image, keep in ((1, 3), (2, 5)):
+        alone = model(x[:, [4 + image]], t, text[:, image, :keep], image_frames=1)
+        assert_same(joint[:, [4 + image]], alone)
     shared = model(x, t, text[:, 0], image_frames=2)  # one text for all
     assert_same(shared[:, :5], joint[:, :5])
     assert_same(shared[:, 5:6], model(x[:, 5:6], t, text[:, 0], image_frames=1))
