@@ -199,8 +199,9 @@ class Latte(nn.Module):
 
 
 def spatial_positions(cfg: ModelConfig, h: int, w: int, device: torch.device) -> Tensor:
-    """Table [(h w) d] of a grid of patches, stretched over the grid of sample_size as in PixArt-alpha: latents of 64 take
-    positions 0, 1, ..., 31 with patches of 2 and so do those of 32, in steps of 2; beyond 128 the positions are halved, etc."""
+    """Table [(h w) d] of a grid of patches. Any grid is stretched over positions 0 to side, as in PixArt-alpha: of a model of
+    sample_size 64 and patches of 2, side is 32, so latents of 64 take 0, 1, ..., 31 and those of 32 take 0, 2, ..., 30.
+    From sample_size 128 on, side stays about 64 / patch_size, so that neighbours come closer."""
     side = cfg.sample_size // cfg.patch_size / max(cfg.sample_size // 64, 1)
     return sincos_2d(torch.arange(h, device=device) * side / h, torch.arange(w, device=device) * side / w, cfg.width)
 
