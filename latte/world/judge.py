@@ -129,7 +129,7 @@ def observe(frames: np.ndarray, fps: float = 8, seconds: float | None = None) ->
     labels = segment(frames)
     view, rest, explained = register(frames, labels)
     camera, view = name_camera(view, explained, fps, seconds)
-    measured = [measure(frames, labels, one) for one in track(labels, fps)]
+    measured = [measure(frames, labels, one) for one in track(frames, labels, fps)]
     objects = [_describe(one, view, camera, (f, h, w), fps, seconds) for one in measured]
     objects = [_hide(one, [other for other in objects if other is not one]) for one in objects]
     count = np.sum([one.there for one in objects], 0) if objects else np.zeros(f)
@@ -219,6 +219,7 @@ class Verdict:
 
     scores: dict[str, float]  # count, shape, colour, size, motion, speed, events, growth, steady, camera
     steadiness: dict[str, float]  # presence, shape, colour, size, pace
+    worst: dict[str, float]  # the same, of the least steady object
     joint: bool
     velocity_error: float  # pixels a frame, mean over matched objects and time, bounces undone; nan if nothing matches
     permanence: tuple[float, ...]  # [f] share of wanted objects that kept identity, colour and size up to each frame
@@ -263,11 +264,13 @@ def compare(seen: Observation, scene: Scene) -> Verdict:
               "steady": float(np.mean([look.is_steady for look in matched])) if matched else float(not wanted),
               "camera": float(seen.camera.kind == scene.camera.kind)}
     errors = [look.velocity_error for look in matched if math.isfinite(look.velocity_error)]
+    steady = {name: [look.steady[name] for look in matched] or [1.0] for name in FLOORS}
     kept = np.sum([look.kept for look in matched], 0) / len(wanted) if matched else np.full(f, float(not wanted))
     drift = {name: float(np.mean([look.drift[name] for look in matched])) if matched else 0.0 for name in ("colour", "size")}
     return Verdict(
         scores=scores,
-        steadiness={name: float(np.mean([look.steady[name] for look in matched])) if matched else 1.0 for name in FLOORS},
+        steadiness={name: float(np.mean(values)) for name, values in steady.items()},
+        worst={name: min(values) for name, values in steady.items()},
         joint=all(score == 1 for score in scores.values()),
         velocity_error=float(np.mean(errors)) * seen.height / seen.fps if errors else math.nan,
         permanence=tuple(kept.tolist()),
@@ -321,7 +324,7 @@ def _look(want: Object, one: Seen, fps: float, seconds: float) -> Look:
         nothing = {"colour": 0.0, "size": 0.0}
         return Look(dict.fromkeys(WEIGHTS, False), dict.fromkeys(FLOORS, 0.0), np.zeros(f, bool), math.nan, nothing)
     right, pace, velocity_error = _moves(want, one, there, fps)
-    right["events"] &= _same_time(told.appear_s, want.appear_s, clip_s) and _same_time(told.vanish_s, want.vanish_s, clip_s)
+    right["events"] &= same_time(told.appear_s, want.appear_s, clip_s) and same_time(told.vanish_s, want.vanish_s, clip_s)
 
     log_radius = _settled(np.log(one.radius / _scale(want.growth, t / seconds)), fps)
     shaped, coloured = one.shapes == SHAPES.index(want.shape), one.colours == COLOURS.index(want.colour)
@@ -374,7 +377,7 @@ def _moves(want: Object, one: Seen, there: np.ndarray, fps: float) -> tuple[dict
         speed = float(np.median(leg_speed[inner]))
         asked = phase.speed or min(SPEEDS.values(), key=lambda known: abs(known - speed))
         speeds.append(abs(math.log(max(speed, 1e-6) / asked)) < math.log(SPEEDS["fast"] / SPEEDS["slow"]) / 2)
-        even.append(np.abs(np.log(np.maximum(pace[inner], 1e-6) / max(np.median(pace[inner]), 1e-6))) < 0.4)
+        even.append(np.abs(np.log(np.maximum(pace[inner], 1e-6) / max(np.median(pace[inner]), 1e-6))) < 0.3)
         if phase.motion == "linear":
             errors.append(np.hypot(*(velocity[inner] - heading(phase.direction) * signs * asked).T))
         else:
@@ -403,7 +406,7 @@ def _runs_into(phase: Phase, signs: np.ndarray, after: Phase, after_signs: np.nd
     return both and np.allclose(heading(phase.direction) * signs, heading(after.direction) * after_signs)
 
 
-def _same_time(one_s: float, other_s: float, clip_s: float) -> bool:
+def same_time(one_s: float, other_s: float, clip_s: float) -> bool:
     """Whether two events fall together; what lies beyond the clip's end is all the same."""
     return abs(min(one_s, clip_s) - min(other_s, clip_s)) <= SLACK_S
 

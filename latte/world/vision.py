@@ -58,26 +58,49 @@ class Track:
     box: np.ndarray  # [f 4] left, top, width, height in pixels
 
 
-def _components(labels: np.ndarray, least: float) -> list[list[tuple]]:
-    """Connected components of at least `least` pixels, per frame: (label, x, y, area, box)."""
-    found = []
-    for frame in labels:
-        here = []
-        for label in np.flatnonzero(np.bincount(frame.ravel(), minlength=WHITE + 1)[1:] >= least) + 1:
-            _, _, stats, centres = cv2.connectedComponentsWithStats((frame == label).view(np.uint8), connectivity=8)
-            here += [(int(label), *centres[i], stats[i, 4], stats[i, :4]) for i in range(1, len(stats)) if stats[i, 4] >= least]
-        found.append(here)
-    return found
+def _components(frame: np.ndarray, labels: np.ndarray, least: float) -> list[tuple]:
+    """Connected components of at least `least` pixels of one frame: (label, x, y, area, box).
+
+    A thing whose hue lies between two labels is speckled with both: what touches a component and is too small to stand alone,
+    or has about its colour, takes its label in `labels` [h w].
+    """
+    found, maps = [], {}
+    for label in np.flatnonzero(np.bincount(labels.ravel(), minlength=WHITE + 1)[1:]) + 1:
+        _, maps[label], stats, centres = cv2.connectedComponentsWithStats((labels == label).view(np.uint8), connectivity=8)
+        found += [(int(label), *centres[i], int(stats[i, 4]), stats[i, :4], i) for i in range(1, len(stats))]
+    found.sort(key=lambda one: -one[3])
+    for label, _, _, area, (x, y, w, h), i in found[: 1 + WHITE]:
+        window = slice(max(y - 1, 0), y + h + 1), slice(max(x - 1, 0), x + w + 1)
+        if area < least or not ((labels[window] > 0) & (labels[window] != label)).any():
+            continue
+        own = maps[label][window] == i
+        near = cv2.dilate(own.view(np.uint8), np.ones((3, 3), np.uint8)) > 0
+        for other, _, _, size, _, j in found:
+            if other == label or size > area:
+                continue
+            piece = maps[other] == j
+            if (piece[window] & near).any() and (size < least or _alike(frame[window][own], frame[piece])):
+                labels[piece] = label
+                return _components(frame, labels, least)
+    return [one[:5] for one in found if one[3] >= least]
 
 
-def track(labels: np.ndarray, fps: float) -> list[Track]:
-    """Links the components of [f h w] labels into tracks: the nearest of like colour and size, across any gap."""
+def _alike(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether pixels [n 3] and [m 3] are of one hue, give or take the noise: objects are three times as far apart."""
+    return bool(np.linalg.norm((one.mean(0) - other.mean(0)) @ CHROMA.T) < 20)
+
+
+def track(frames: np.ndarray, labels: np.ndarray, fps: float) -> list[Track]:
+    """Links the components of labels [f h w] into tracks: the nearest of like colour and size, across any gap.
+
+    Smooths `labels` where one thing bears several.
+    """
     f, h, _ = labels.shape
     least = max(2.0, 0.6 * (0.8 * RADII["small"] * h) ** 2)  # half of the smallest shape, seen from as far as a zoom goes
     tracks: list[Track] = []
     last: list[tuple] = []  # where each track was seen last: (frame, label, x, y, area)
-    for t, found in enumerate(_components(labels, least)):
-        used = set()
+    for t in range(f):
+        found, used = _components(frames[t], labels[t], least), set()
         if tracks and found:
             cost = np.array([[_link_cost(old, new, t, h, fps) for new in found] for old in last])
             for i, j in zip(*linear_sum_assignment(cost), strict=True):
