@@ -5,7 +5,7 @@
 state.json holds the step (which is the data position too: order and randomness are functions of it), the resolved config,
 library versions and the SHA-256 of every other file. A checkpoint to share holds ema.safetensors and state.json alone.
 Nothing in a checkpoint can run code when it is loaded.
-    python -m latte.checkpoint RUN OUT        makes one to share from a run's newest checkpoint
+    python -m latte.checkpoint RUN OUT [sampler.key=value ...]     makes one to share from a run's newest checkpoint
 """
 
 import hashlib
@@ -129,11 +129,15 @@ def load(checkpoint: Checkpoint, model: nn.Module, ema: EMA, optimizer: torch.op
     return checkpoint.step
 
 
-def publish(source: str | Path, out: str | Path) -> Path:
-    """A checkpoint to share from a whole one: its EMA weights in float16, enough to sample, a tenth of the size."""
+def publish(source: str | Path, out: str | Path, overrides: list[str] = ()) -> Path:
+    """A checkpoint to share from a whole one: its EMA weights in float16, enough to sample, a tenth of the size.
+
+    `overrides` change its config, such as the sampler's defaults, which are best chosen after training.
+    """
     found = read(source)
+    cfg = config.from_dict(config.to_dict(found.config), overrides)
     weights = {name: value.half() for name, value in _tensors(found, "ema.safetensors").items()}
-    return write(Path(out), found.step, found.config, {"ema.safetensors": weights})
+    return write(Path(out), found.step, cfg, {"ema.safetensors": weights})
 
 
 def weights_sha256(weights: dict[str, torch.Tensor]) -> str:
@@ -195,9 +199,9 @@ def _sync(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("usage: python -m latte.checkpoint RUN OUT")
+    if len(sys.argv) < 3:
+        sys.exit("usage: python -m latte.checkpoint RUN OUT [sampler.key=value ...]")
     try:
-        print(publish(*sys.argv[1:]))
+        print(publish(sys.argv[1], sys.argv[2], sys.argv[3:]))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -41,6 +41,8 @@ class ModelConfig:
             _require(getattr(self, name) >= 1, f"model.{name}", f"must be at least 1, got {getattr(self, name)}")
         _require(self.out_channels in (self.in_channels, 2 * self.in_channels), "model.out_channels",
                  f"must be in_channels ({self.in_channels}) or twice that, got {self.out_channels}")
+        _require(self.sample_size >= self.patch_size, "model.sample_size",
+                 f"must be at least model.patch_size ({self.patch_size}), got {self.sample_size}")
         _require(self.head_dim % 2 == 0, "model.head_dim", f"must be even, got {self.head_dim}")
         _require(self.width % 4 == 0, "model.heads", f"heads * head_dim must divide by 4, got {self.width}")
 
@@ -267,19 +269,21 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
         raise ValueError(f"{path}: not valid YAML: {error}") from None
     if not OmegaConf.is_dict(read):
         raise ValueError(f"{path}: must hold sections such as model: and stages:")
+    return from_dict(OmegaConf.to_container(read), overrides)
+
+
+def from_dict(values: dict[str, Any], overrides: list[str] = ()) -> Config:
+    """The Config that nested dictionaries describe, such as those of a checkpoint. Raises ValueError like `load`."""
+    tree = OmegaConf.create(values)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"{override}: an override looks like section.key=value")
         try:
-            OmegaConf.update(read, key, OmegaConf.create(f"value: {value}").value, force_add=True)
+            OmegaConf.update(tree, key, OmegaConf.create(f"value: {value}").value, force_add=True)
         except (OmegaConfBaseException, yaml.YAMLError, AttributeError) as error:
             raise ValueError(f"{key}: cannot be set to {value!r}: {str(error).splitlines()[0]}") from None
-    return from_dict(OmegaConf.to_container(read))
-
-
-def from_dict(values: dict[str, Any]) -> Config:
-    """The Config that nested dictionaries describe, such as those of a checkpoint. Raises ValueError like `load`."""
+    values = OmegaConf.to_container(tree)
     _refuse_unknown_keys(Config, values, "")
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
