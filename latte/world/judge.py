@@ -255,7 +255,7 @@ def compare(seen: Observation, scene: Scene) -> Verdict:
     """Scores what was seen in a clip against a scene."""
     f = len(seen.view)
     clip_s = f / seen.fps
-    wanted = [one for one in scene.objects if one.appear_s < clip_s - SLACK_S]
+    wanted = [one for one in scene.objects if one.appear_s < max(clip_s - SLACK_S, 1e-6)]  # later ones may not be out yet
     looks = [[_look(want, one, seen.fps, scene.seconds) for one in seen.objects] for want in wanted]
     pairs = match([[look.right for look in row] for row in looks])
     matched = [looks[i][j] for i, j in pairs]
@@ -365,19 +365,21 @@ def _moves(want: Object, one: Seen, there: np.ndarray, fps: float) -> tuple[dict
     agree, speeds, even, errors, read = [], [], [], [], []
     for phase, end_s in zip(want.phases, [*(p.start_s for p in want.phases[1:]), want.vanish_s], strict=True):
         inner = np.flatnonzero(there & (t > phase.start_s + 0.4) & (t < min(end_s, f / fps) - 0.4))
-        if not len(inner):
+        if len(inner) < 2:
             continue
+        lag = max(1, min(round(2 * fps), len(inner) // 2))  # long steps, so that wobbling is not taken for haste
+        steps = np.hypot(*(one.straight[inner[lag:]] - one.straight[inner[:-lag]]).T) * fps / lag
         signs = one.signs[inner[0]]
         read.append((phase, signs))
         agree.append(np.array([_agrees(leg, phase, signs) for leg in one.legs])[one.leg[inner]].mean())
         if phase.motion == "still":
-            even.append(pace[inner] < 1.5 * REST)
+            even.append(steps < 1.5 * REST)
             errors.append(pace[inner])
             continue
         speed = float(np.median(leg_speed[inner]))
         asked = phase.speed or min(SPEEDS.values(), key=lambda known: abs(known - speed))
         speeds.append(abs(math.log(max(speed, 1e-6) / asked)) < math.log(SPEEDS["fast"] / SPEEDS["slow"]) / 2)
-        even.append(np.abs(np.log(np.maximum(pace[inner], 1e-6) / max(np.median(pace[inner]), 1e-6))) < 0.3)
+        even.append(np.abs(np.log(np.maximum(steps, 1e-6) / max(np.median(steps), 1e-6))) < 0.3)
         if phase.motion == "linear":
             errors.append(np.hypot(*(velocity[inner] - heading(phase.direction) * signs * asked).T))
         else:

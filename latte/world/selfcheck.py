@@ -162,9 +162,14 @@ def _vanish(play: Play) -> bool:
 
 def _hue_drift(play: Play) -> bool:
     part = play.pick(_lasts)
-    if part:
-        target = np.float32(RGB[play.rng.choice([c for c in COLOURS if c != part.of.colour])])
-        part.rgb += (0.8 * _progress(play))[:, None] * (target - part.rgb)
+    if part and part.of.colour == "white":  # which has no hue to turn
+        part.rgb += (0.8 * _progress(play))[:, None] * (np.float32(RGB["yellow"]) - part.rgb)
+    elif part:
+        angle = _progress(play) * math.radians(100) * play.rng.choice([-1, 1])
+        grey = part.rgb.mean(1, keepdims=True)
+        chroma = part.rgb - grey  # turned about the grey axis (Rodrigues' formula)
+        across = np.cross(np.full(3, 3**-0.5), chroma)
+        part.rgb = (grey + np.cos(angle)[:, None] * chroma + np.sin(angle)[:, None] * across).clip(0, 255)
     return part is not None
 
 
@@ -329,7 +334,7 @@ def selfcheck(n: int, seed: int = 0, size: int = 64, frames: int = 128) -> dict:
         verdicts.append(compare(observations[-1], scene))
         seconds.append(time.process_time() - begun)
         _say(f"true clip {i + 1} of {n}: {sum(v.joint for v in verdicts)} pass")
-    wrong = [compare(observations[(i + k) % n], scene).scores for i, scene in enumerate(scenes) for k in range(1, min(4, n))]
+    wrong = [[compare(observations[(i + k) % n], scene).scores for k in range(1, min(4, n))] for i, scene in enumerate(scenes)]
     return {
         "clips": n, "seed": seed, "frames": frames, "size": size,
         "seconds_per_clip": {name: _round(f(seconds)) for name, f in (("mean", np.mean), ("median", np.median), ("max", np.max))},
@@ -341,7 +346,7 @@ def selfcheck(n: int, seed: int = 0, size: int = 64, frames: int = 128) -> dict:
         "permanence": _round(np.mean([v.permanence[-1] for v in verdicts])),
         "velocity_error": _round(np.nanmean([v.velocity_error for v in verdicts])),
         "faults": _fault_table(scenes[: max(10, n // 10)], verdicts, seed, size, frames),
-        "chance": _chance_table(wrong, seed, frames, cfg),
+        "chance": chance_table(wrong, seed, frames, pool=min(1000, 20 * n)),
     }
 
 
@@ -366,17 +371,20 @@ def _fault_table(scenes: list[Scene], clean: list[Verdict], seed: int, size: int
     return table
 
 
-def _chance_table(wrong: list[dict], seed: int, frames: int, cfg: WorldConfig, pool: int = 1000, draws: int = 10000) -> dict:
+def chance_table(wrong: list[list[dict]], seed: int, frames: int, pool: int) -> dict:
+    """Holds what wrong scenes scored, [clips][comparisons], against the mean over ten pairs a scene of `pool` truths."""
+    cfg = WorldConfig()
     truths = [sample_scene(keyed.rng(seed, "chance", i), cfg) for i in range(pool)]
-    pick = keyed.rng(seed, "pairs").permuted(np.tile(np.arange(pool), (draws // pool + 1, 1)), axis=1)
-    pairs = [(a, b) for row in pick for a, b in zip(row[:-1:2], row[1::2], strict=False)]
-    expected = [truth_scores(truths[a], truths[b], frames) for a, b in pairs[:draws]]
-    _say("chance done", last=True)
+    rng = keyed.rng(seed, "pairs")
+    expected = [truth_scores(truths[a], truths[b], frames)
+                for a, b in (rng.choice(pool, 2, replace=False) for _ in range(10 * pool))]
+    _say("chance: done", last=True)
     table = {}
     for name in expected[0]:
-        chance, measured = [row[name] for row in expected], [row[name] for row in wrong]
-        # three comparisons share a clip: count clips, not comparisons
-        error = math.hypot(np.std(chance) / math.sqrt(pool), np.std(measured) / math.sqrt(len(wrong) / 3))
+        chance = [row[name] for row in expected]
+        measured = [np.mean([row[name] for row in rows]) for rows in wrong]
+        # every scene is in several pairs, so scenes are counted for the error, not pairs
+        error = math.hypot(np.std(chance) / math.sqrt(pool), np.std(measured) / math.sqrt(len(measured)))
         table[name] = {"analytic": _round(np.mean(chance)), "measured": _round(np.mean(measured)), "standard_error": _round(error)}
     return table
 

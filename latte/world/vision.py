@@ -86,8 +86,10 @@ def _components(frame: np.ndarray, labels: np.ndarray, least: float) -> list[tup
 
 
 def _alike(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether pixels [n 3] and [m 3] are of one hue, give or take the noise: objects are three times as far apart."""
-    return bool(np.linalg.norm((one.mean(0) - other.mean(0)) @ CHROMA.T) < 20)
+    """Whether pixels [n 3] and [m 3] are of one hue, in whatever shade: the nearest two of COLOURS are 24 degrees apart."""
+    one, other = one.mean(0) @ CHROMA.T, other.mean(0) @ CHROMA.T
+    length, other_length = np.linalg.norm(one), np.linalg.norm(other)
+    return bool(min(length, other_length) > 20 and one @ other > math.cos(math.radians(12)) * length * other_length)
 
 
 def track(frames: np.ndarray, labels: np.ndarray, fps: float) -> list[Track]:
@@ -103,6 +105,7 @@ def track(frames: np.ndarray, labels: np.ndarray, fps: float) -> list[Track]:
         found, used = _components(frames[t], labels[t], least), set()
         if tracks and found:
             cost = np.array([[_link_cost(old, new, t, h, fps) for new in found] for old in last])
+            cost += np.array([one.seen.sum() < 0.5 * fps for one in tracks])[:, None]  # a splinter must not outbid its whole
             for i, j in zip(*linear_sum_assignment(cost), strict=True):
                 if cost[i, j] < 10:
                     used.add(j)
@@ -116,7 +119,7 @@ def track(frames: np.ndarray, labels: np.ndarray, fps: float) -> list[Track]:
             last.append((t, *new[:4]))
             used.add(j)
     # what is seen for half a second only, or seldom, is noise
-    return [one for one in tracks if one.seen.sum() >= max(2, 0.03 * f, 0.35 * np.ptp(np.flatnonzero(one.seen)))]
+    return [one for one in tracks if one.seen.sum() >= max(min(2, f), 0.03 * f, 0.35 * np.ptp(np.flatnonzero(one.seen)))]
 
 
 def _extend(one: Track, t: int, new: tuple) -> None:
@@ -134,17 +137,14 @@ def _link_cost(old: tuple, new: tuple, t: int, h: int, fps: float) -> float:
     reach = 0.03 + 2 * SPEEDS["fast"] * min(steps / fps, 1)
     ratio = abs(math.log(new[3] / old[4]))
     if new[0] == old[1]:
-        return min(far / reach, 6) + ratio if far < 0.4 else 10 + far
+        return far / reach + ratio if far < 3 * reach else 10 + far
     return 2 + far / reach + ratio if far < reach and ratio < 0.7 and steps / fps <= 0.5 else 20 + far
 
 
 def _fragment(new: tuple, whole: tuple) -> bool:
-    """Whether a component is a piece cut off another of its colour by what passes in front."""
-    if new[0] != whole[0] or new[3] > 0.5 * whole[3]:
-        return False
+    """Whether a component is a piece cut off another of its colour, by noise or by what passes in front."""
     (x, y, w, h), (u, v, s, t) = new[4], whole[4]
-    return max(x - u - s, u - x - w, y - v - t, v - y - h) <= 2
-
+    return new[0] == whole[0] and max(x - u - s, u - x - w, y - v - t, v - y - h) <= 2
 
 
 # ---- measures
@@ -384,7 +384,7 @@ def bounces(path: np.ndarray, fps: float, room: np.ndarray) -> list[Bounce]:
     out of the noise and the other component keeps its size too, which it does not where a circling begins, nor where another
     bounce follows at once.
     """
-    k, window = len(path), max(2, round(1.25 * fps))
+    k, window = len(path), max(3, round(1.25 * fps))
     at = np.arange(1, k - 2)  # a bounce between frames at and at + 1; two frames at least on either side
     if not len(at):
         return []
