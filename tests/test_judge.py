@@ -205,9 +205,14 @@ def test_what_is_no_clip_is_refused(shape, dtype):
         judge(np.zeros(shape, dtype), Scene(()))
 
 
-def test_noise_alone_holds_no_object():
-    noise = np.random.default_rng(0).normal(66, 12, (64, 64, 64, 3)).clip(0, 255).astype(np.uint8)
-    assert judge(noise, Scene(())).scores["count"] == 1
+def test_noise_is_no_scene():
+    """What an untrained model draws: it must be refused, and quickly, however many specks it has."""
+    rng = np.random.default_rng(0)
+    dull = rng.normal(66, 12, (64, 64, 64, 3)).clip(0, 255).astype(np.uint8)
+    assert judge(dull, Scene(())).scores["count"] == 1
+    for spread in (60, 1000):
+        verdict = judge(rng.normal(128, spread, (64, 64, 64, 3)).clip(0, 255).astype(np.uint8), Scene(()))
+        assert not verdict.joint and verdict.scores["background"] == 0
 
 
 def test_the_command_judges_a_file(tmp_path, capsys):

@@ -56,6 +56,8 @@ SLACK_S = 0.75  # seconds by which an event may be off
 MOST = 0.75  # share of each phase's time in which the motion must be the wanted one
 KEPT = 0.8  # share of an object's time in which it must have the wanted shape, colour and size
 SIZE_STEP = 0.22  # in log radius: about half way to the next size
+CLUTTER = 0.01  # share of pixels: half of a small object
+UNREST = 8.0  # levels; two different backgrounds are about 9 apart
 # What an object gains in the matching by each right attribute.
 WEIGHTS = {"shape": 1.0, "colour": 1.0, "size": 0.6, "motion": 0.8, "speed": 0.2, "events": 0.3, "growth": 0.3}
 # Steadiness from which on a flaw no longer counts; softness, noise and small sizes cost true clips some of it.
@@ -106,7 +108,8 @@ class Observation:
     camera: Camera
     view: np.ndarray  # [f 3] as of Camera.view()
     count: np.ndarray  # [f] objects in view, over a second or so
-    background_drift: float  # levels by which the background's ends differ from its middle frame, the camera undone
+    unrest: np.ndarray  # [f] levels by which the background differs from its middle frame, the camera undone
+    clutter: float  # share of pixels that look like objects and are of none
     fps: float
     height: int  # pixels
 
@@ -134,8 +137,8 @@ def observe(frames: np.ndarray, fps: float = 8, seconds: float | None = None) ->
     objects = [_hide(one, [other for other in objects if other is not one]) for one in objects]
     count = np.sum([one.there for one in objects], 0) if objects else np.zeros(f)
     count = rolling(count, round(fps) | 1, 50).round().astype(int)
-    ends = np.append(rest[: max(1, f // 4)], rest[-max(1, f // 4):])
-    return Observation(tuple(objects), camera, view, count, float(ends.mean()), fps, h)
+    clutter = np.mean(labels > 0) - sum(one.pixels.sum() for one in measured) / labels.size
+    return Observation(tuple(objects), camera, view, count, rest, float(clutter), fps, h)
 
 
 def _describe(m: Measured, view: np.ndarray, camera: Camera, size: tuple[int, int, int], fps: float, seconds: float) -> Seen:
@@ -212,12 +215,12 @@ def _hide(one: Seen, others: list[Seen]) -> Seen:
 class Verdict:
     """What a clip is worth against a scene.
 
-    Scores are in [0, 1]: `count` and `camera` are right or not, the others the share of objects, wanted or seen, that are right.
-    `joint` = every score is 1. Steadiness is in [0, 1] too: the mean over matched objects of how they keep what they are; an
-    object is `steady` if none of it falls below its floor.
+    Scores are in [0, 1]: `count`, `camera` and `background` (nothing but a background, and one that lasts) are right or not,
+    the others the share of objects, wanted or seen, that are right. `joint` = every score is 1. Steadiness is in [0, 1] too:
+    the mean over matched objects of how they keep what they are; an object is `steady` if none of it falls below its floor.
     """
 
-    scores: dict[str, float]  # count, shape, colour, size, motion, speed, events, growth, steady, camera
+    scores: dict[str, float]  # count, shape, colour, size, motion, speed, events, growth, steady, camera, background
     steadiness: dict[str, float]  # presence, shape, colour, size, pace
     worst: dict[str, float]  # the same, of the least steady object
     joint: bool
@@ -262,7 +265,8 @@ def compare(seen: Observation, scene: Scene) -> Verdict:
     scores = {"count": same_count(wanted, seen.count, len(seen.objects), seen.fps),
               **tally([look.right for look in matched], len(wanted), len(seen.objects)),
               "steady": float(np.mean([look.is_steady for look in matched])) if matched else float(not wanted),
-              "camera": float(seen.camera.kind == scene.camera.kind)}
+              "camera": float(seen.camera.kind == scene.camera.kind),
+              "background": float(seen.clutter <= CLUTTER and seen.unrest.mean() <= UNREST)}
     errors = [look.velocity_error for look in matched if math.isfinite(look.velocity_error)]
     steady = {name: [look.steady[name] for look in matched] or [1.0] for name in FLOORS}
     kept = np.sum([look.kept for look in matched], 0) / len(wanted) if matched else np.full(f, float(not wanted))
@@ -275,7 +279,7 @@ def compare(seen: Observation, scene: Scene) -> Verdict:
         velocity_error=float(np.mean(errors)) * seen.height / seen.fps if errors else math.nan,
         permanence=tuple(kept.tolist()),
         count=tuple(seen.count.tolist()),
-        drift=drift | {"background": seen.background_drift},
+        drift=drift | {"background": float(np.mean(np.append(*np.array_split(seen.unrest, 4)[::3])))},
         pairs=tuple(pairs), observed=seen.to_json())
 
 

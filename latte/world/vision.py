@@ -22,6 +22,7 @@ from latte.world.scene import CAMERA_AMOUNTS, COLOURS, ORBIT, RADII, RGB, SHAPES
 # ---- labels and tracks
 
 CHROMA = np.array([[1, -1, 0], [1, 1, -2]], np.float32) / np.sqrt([[2], [6]]).astype(np.float32)  # blind to grey
+CROWD = 24  # no more things than this are told apart in a frame, or followed through a clip
 SOLID = 0.36  # coverage from which a pixel is labelled an object's
 WHITE = len(COLOURS)  # labels: 0 = background, 1 + index in COLOURS
 PALETTE = np.array([RGB[c] for c in COLOURS], np.float32)
@@ -59,30 +60,41 @@ class Track:
 
 
 def _components(frame: np.ndarray, labels: np.ndarray, least: float) -> list[tuple]:
-    """Connected components of at least `least` pixels of one frame: (label, x, y, area, box).
+    """The largest connected components of one frame, of at least `least` pixels: (label, x, y, area, box).
 
     A thing whose hue lies between two labels is speckled with both: what touches a component and is too small to stand alone,
-    or has about its colour, takes its label in `labels` [h w].
+    or has its hue, takes its label in `labels` [h w].
     """
+    found, maps = _connected(labels)
+    areas = {(one[0], one[5]): one[3] for one in found}
+    changed = False
+    for label, _, _, area, (x, y, w, h), i in found:
+        window = slice(max(y - 1, 0), y + h + 1), slice(max(x - 1, 0), x + w + 1)
+        now = labels[window]  # a view: earlier turns of the loop show
+        own = (maps[label][window] == i) & (now == label)
+        if area < least or not own.any() or not ((now > 0) & (now != label)).any():
+            continue
+        near = (cv2.dilate(own.view(np.uint8), np.ones((3, 3), np.uint8)) > 0) & (now > 0) & (now != label)
+        pieces = {(other, maps[other][window][near & (now == other)][0]) for other in np.unique(now[near])}
+        for other, j in pieces:
+            piece = maps[other] == j
+            size = areas.get((other, j), 0)
+            if size < area and (size < least or _alike(frame[window][own], frame[piece])):
+                labels[piece] = label
+                changed = True
+    if changed:
+        found, _ = _connected(labels)
+    return [one[:5] for one in found if one[3] >= least]
+
+
+def _connected(labels: np.ndarray) -> tuple[list[tuple], dict[int, np.ndarray]]:
+    """Components (label, x, y, area, box, index) of a frame's labels, the CROWD largest, and the map of indices by label."""
     found, maps = [], {}
     for label in np.flatnonzero(np.bincount(labels.ravel(), minlength=WHITE + 1)[1:]) + 1:
         _, maps[label], stats, centres = cv2.connectedComponentsWithStats((labels == label).view(np.uint8), connectivity=8)
-        found += [(int(label), *centres[i], int(stats[i, 4]), stats[i, :4], i) for i in range(1, len(stats))]
-    found.sort(key=lambda one: -one[3])
-    for label, _, _, area, (x, y, w, h), i in found[: 1 + WHITE]:
-        window = slice(max(y - 1, 0), y + h + 1), slice(max(x - 1, 0), x + w + 1)
-        if area < least or not ((labels[window] > 0) & (labels[window] != label)).any():
-            continue
-        own = maps[label][window] == i
-        near = cv2.dilate(own.view(np.uint8), np.ones((3, 3), np.uint8)) > 0
-        for other, _, _, size, _, j in found:
-            if other == label or size > area:
-                continue
-            piece = maps[other] == j
-            if (piece[window] & near).any() and (size < least or _alike(frame[window][own], frame[piece])):
-                labels[piece] = label
-                return _components(frame, labels, least)
-    return [one[:5] for one in found if one[3] >= least]
+        largest = 1 + np.argsort(-stats[1:, 4], kind="stable")[:CROWD]
+        found += [(int(label), *centres[i], int(stats[i, 4]), stats[i, :4], int(i)) for i in largest]
+    return sorted(found, key=lambda one: -one[3])[:CROWD], maps
 
 
 def _alike(one: np.ndarray, other: np.ndarray) -> bool:
@@ -119,7 +131,8 @@ def track(frames: np.ndarray, labels: np.ndarray, fps: float) -> list[Track]:
             last.append((t, *new[:4]))
             used.add(j)
     # what is seen for half a second only, or seldom, is noise
-    return [one for one in tracks if one.seen.sum() >= max(min(2, f), 0.03 * f, 0.35 * np.ptp(np.flatnonzero(one.seen)))]
+    lasting = [one for one in tracks if one.seen.sum() >= max(min(2, f), 0.03 * f, 0.35 * np.ptp(np.flatnonzero(one.seen)))]
+    return sorted(lasting, key=lambda one: -one.seen.sum())[:CROWD]
 
 
 def _extend(one: Track, t: int, new: tuple) -> None:
@@ -151,12 +164,14 @@ def _fragment(new: tuple, whole: tuple) -> bool:
 
 BLURS = (0.0, 0.6, 0.9, 1.2)  # pixels; a generated clip may be softer than a render
 
+
 @dataclass
 class Measured:
     """A track measured against the renderer's shapes; arrays have one row for each frame in `index` [k]."""
 
     index: np.ndarray  # frames where it was seen
     centre: np.ndarray  # [k 2] pixels, sub-pixel
+    pixels: np.ndarray  # [k] that bear its label
     radius: np.ndarray  # [k shapes] pixels, if it were each of the shapes
     colour: np.ndarray  # [k 3] RGB of its inside
     misfit: np.ndarray  # [k shapes] squared difference to each shape of the same area, in areas
@@ -213,7 +228,8 @@ def measure(frames: np.ndarray, labels: np.ndarray, one: Track) -> Measured:
     some = some[:: max(1, len(some) // 12)]
     blur = min(BLURS, key=lambda sigma: misfits(some, sigma).mean(0).min())
     radius = np.stack([radius_of(area, i, blur) for i in range(len(SHAPES))], -1)
-    return Measured(index, np.stack([centre_x, centre_y], -1), radius, colour, misfits(np.arange(len(index)), blur), whole, clear)
+    return Measured(index, np.stack([centre_x, centre_y], -1), own.sum((1, 2)), radius, colour,
+                    misfits(np.arange(len(index)), blur), whole, clear)
 
 
 def drawn(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray, blur: float) -> np.ndarray:
