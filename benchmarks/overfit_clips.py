@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 
-import train
 from latte import checkpoint, config, pipeline, video
 
 ROOT = Path(__file__).parent.parent
@@ -62,10 +61,10 @@ def main(argv: list[str] | None = None) -> int:
         folder, run = Path(temporary) / "videos", Path(temporary) / "run"
         folder.mkdir()
         captions = cut_clips(folder)
-        cfg = config.load(ROOT / "configs" / "folder.yaml", [f"data.path={folder}", f"run={run}", *args.overrides])
+        recipe = [str(ROOT / "configs" / "folder.yaml"), f"data.path={folder}", f"run={run}", *args.overrides]
+        cfg = config.load(recipe[0], recipe[1:])
         started = time.perf_counter()
-        if train.train(cfg):
-            return 1
+        subprocess.run([sys.executable, str(ROOT / "train.py"), *recipe], check=True)
         seconds = time.perf_counter() - started
         pipe, stage = pipeline.load(run), cfg.stages[-1]
         rows = []
