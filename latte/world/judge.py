@@ -371,7 +371,8 @@ def _moves(want: Object, one: Seen, there: np.ndarray, fps: float) -> tuple[dict
         inner = np.flatnonzero(there & (t > phase.start_s + 0.4) & (t < min(end_s, f / fps) - 0.4))
         if len(inner) < 2:
             continue
-        lag = max(1, min(round(2 * fps), len(inner) // 2))  # long steps, so that wobbling is not taken for haste
+        # long steps, so that wobbling is not taken for haste; on a circle short ones, which are about as long as their arc
+        lag = max(1, min(round((1 if phase.motion == "circle" else 2) * fps), len(inner) // 2))
         steps = np.hypot(*(one.straight[inner[lag:]] - one.straight[inner[:-lag]]).T) * fps / lag
         signs = one.signs[inner[0]]
         read.append((phase, signs))

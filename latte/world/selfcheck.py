@@ -18,7 +18,9 @@ from latte import keyed
 from latte.config import WorldConfig
 from latte.world.judge import (
     FLOORS,
+    KEPT,
     MOST,
+    SIZE_STEP,
     SLACK_S,
     WEIGHTS,
     Verdict,
@@ -296,6 +298,8 @@ def _truth_right(want: Object, one: Object, t: np.ndarray) -> dict[str, bool]:
     if not there.any():
         return dict.fromkeys(WEIGHTS, False)
     right = {name: getattr(want, name) == getattr(one, name) for name in ("shape", "colour", "size", "growth")}
+    stretch = np.log(radii(one, t, clip_s) / radii(want, t, clip_s))[there]
+    right["size"] &= (np.abs(stretch) < SIZE_STEP).mean() >= KEPT
     now = np.searchsorted([phase.start_s for phase in one.phases], t, "right") - 1
     agree, speeds = [], []
     for i, phase in enumerate(want.phases):

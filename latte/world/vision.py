@@ -444,11 +444,15 @@ def unfold(path: np.ndarray, turns: list[Bounce]) -> tuple[np.ndarray, np.ndarra
 
 
 def follow(path: np.ndarray, fps: float, room: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[Leg]]:
-    """Unfolds a path [k 2] and cuts it into legs; a bounce that is not sure is one only if that makes the legs plainer."""
+    """Unfolds a path [k 2] and cuts it into legs: (unfolded [k 2], signs [k 2], legs).
+
+    A bounce that is not sure, or any where there is more than one leg, is taken back if that makes the legs plainer: the
+    outermost point of a circling near a wall looks like one.
+    """
     turns = bounces(path, fps, room)
     straight, signs = unfold(path, turns)
     found, cost = legs(straight, fps)
-    for one in [turn for turn in turns if not turn.sure]:
+    for one in [turn for turn in turns if len(found) > 1 or not turn.sure]:
         fewer = [turn for turn in turns if turn is not one]
         other = unfold(path, fewer)
         other_found, other_cost = legs(other[0], fps)
