@@ -73,6 +73,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out")
     args = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     found = checkpoint.read(args.checkpoint)
     changed = {name: getattr(args, name) for name in ("steps", "guidance") if getattr(args, name) is not None}
     started, rows = time.perf_counter(), []
@@ -81,7 +82,6 @@ def main() -> int:
                 for wording in WORDINGS for index in range(args.count)]
         for job in tqdm(jobs, unit="clip"):
             rows.append(job.result())
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     result = {
         "command": " ".join(["python", "benchmarks/judge_checkpoint.py", *sys.argv[1:]]),
         "commit": commit, "versions": checkpoint.versions(),

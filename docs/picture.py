@@ -14,9 +14,9 @@ from latte import pipeline, video
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ["a small red circle moves to the left", "a large blue star moves upwards",
-           "a medium green ring moves down and to the right", "a big yellow cross moves to the right",
+           "a medium green ring moves to the right", "a big yellow cross moves to the right",
            "a little white triangle moves downwards", "a large purple square moves up and to the left",
-           "a medium orange star moves to the right", "a large cyan circle moves straight down"]
+           "a medium orange star moves to the left", "a large cyan circle moves straight down"]
 SIDE, TEXT = 128, 40  # pixels of a clip and of the prompt's lines under it
 
 
