@@ -33,7 +33,8 @@ INTERRUPTED = 130  # exit code after a signal: the state was saved, run the same
 
 def train(cfg: config.Config) -> int:
     """Runs or resumes the training that `cfg` describes. Returns the exit code; raises ValueError or OSError with the cause."""
-    accelerator = Accelerator(mixed_precision=cfg.train.mixed_precision, log_with=cfg.train.trackers or None, project_dir=cfg.run)
+    precision = "no" if cfg.train.mixed_precision == "fp32" else cfg.train.mixed_precision  # accelerate's word for it
+    accelerator = Accelerator(mixed_precision=precision, log_with=cfg.train.trackers or None, project_dir=cfg.run)
     device, rank, ranks = accelerator.device, accelerator.process_index, accelerator.num_processes
 
     clips = open_clips(cfg.data, cfg.seed, cfg.stages)

@@ -23,7 +23,7 @@ step() {  # step NAME ARGS...: speed of a training step
 train() {  # train NAME: a run of configs/NAME.yaml, then its checkpoint to share; the same command again goes on
   local small=()
   [ -n "${TINY:-}" ] && small=(stages.0.steps=1 stages.1.steps=1 stages.2.steps=1 stages.0.batch_size=4 stages.1.batch_size=2
-    stages.2.batch_size=1 model.layers=1 preview.count=0 train.mixed_precision=no train.compile=false data.workers=0)
+    stages.2.batch_size=1 model.layers=1 preview.count=0 train.mixed_precision=fp32 train.compile=false data.workers=0)
   "$PYTHON" train.py "configs/$1.yaml" "run=$OUT/$1" "${TEXT_ARG[@]}" "${small[@]}" &&
     "$PYTHON" -m latte.checkpoint "$OUT/$1" "$OUT/$1-checkpoint"
 }

@@ -184,7 +184,7 @@ class OptimConfig:
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast; weights stay float32
     micro_batches: int = 1  # a batch is split into this many backward passes; the update stays the same
     compile: bool = False  # torch.compile each block; needs a C++ compiler on CPU
     log_every_steps: int = 10
