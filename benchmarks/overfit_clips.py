@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "overfit_clips.json"))
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args(argv)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     with tempfile.TemporaryDirectory() as temporary:
         folder, run = Path(temporary) / "videos", Path(temporary) / "run"
         folder.mkdir()
@@ -73,7 +74,6 @@ def main(argv: list[str] | None = None) -> int:
             clip = pipe([caption], [index], stage.frames, stage.height, stage.width, FPS)[0]
             rows.append({"caption": caption, "psnr_db": round(psnr(clip, truth), 2)})
             print(rows[-1])
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     command = ["python", "benchmarks/overfit_clips.py", *(sys.argv[1:] if argv is None else argv)]
     result = {"command": " ".join(command), "commit": commit,
               "versions": checkpoint.versions(), "updates": cfg.total_steps, "train_seconds": round(seconds), "clips": rows,

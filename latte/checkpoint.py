@@ -151,8 +151,10 @@ def weights_sha256(weights: dict[str, torch.Tensor]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers of a run depend on."""
-    found = {"python": platform.python_version(), "machine": platform.machine()}
+    """Hardware and versions, on which the numbers of a run depend."""
+    cpu = f"{os.cpu_count()} CPUs, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    found = {"python": platform.python_version(), "hardware": hardware}
     for package in ("latte", "torch", "numpy", "diffusers", "transformers", "accelerate", "safetensors"):
         try:
             found[package] = version(package)
