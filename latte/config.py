@@ -132,6 +132,7 @@ class DataConfig:
     source: Literal["world", "folder"] = "world"
     path: str = ""  # folder of videos with captions: a .txt beside each video, or captions.csv (columns file, caption)
     clips: int = 0  # world: number of different clips; 0 = never the same clip twice
+    wordings: int = 0  # world: captions for scenes that differ in their starts alone, so that text.cache_mib helps; 0 = no limit
     base_fps: float = 8.0  # the rate at which neighbouring frames are one temporal position apart
     caption_dropout: float = 0.1  # share of samples trained on the empty caption, drawn per sample
     workers: int = 0  # loader processes; 0 = load in the training process
@@ -140,6 +141,7 @@ class DataConfig:
     def __post_init__(self):
         _require(self.source != "folder" or bool(self.path), "data.path", "source = folder needs the folder of videos")
         _require(self.clips >= 0, "data.clips", f"must be at least 0, got {self.clips}")
+        _require(self.wordings >= 0, "data.wordings", f"must be at least 0, got {self.wordings}")
         _require(self.base_fps > 0, "data.base_fps", f"must be above 0, got {self.base_fps}")
         _require(0 <= self.caption_dropout <= 1, "data.caption_dropout", f"must be between 0 and 1, got {self.caption_dropout}")
         _require(self.workers >= 0, "data.workers", f"must be at least 0, got {self.workers}")

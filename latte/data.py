@@ -6,7 +6,7 @@ update is a range of positions, and each process takes its slice. Nothing here h
 
 import csv
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from latte.codec import to_tensor
 from latte.config import DataConfig, StageConfig
 from latte.world.caption import caption
 from latte.world.render import render
-from latte.world.scene import sample_scene
+from latte.world.scene import Scene, sample_scene
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg")
 
@@ -45,7 +45,14 @@ class WorldClips:
         seconds = stage.frames / fps
         scene = sample_scene(keyed.rng(self.seed, "scene", scene_id), self.cfg.world, "train", seconds, stage.width / stage.height)
         frames = render(scene, stage.height, stage.width, np.arange(stage.frames) / fps)
-        return frames, caption(scene, keyed.rng(self.seed, "caption", scene_id), "train")
+        return frames, caption(scene, self._words(scene, scene_id), "train")
+
+    def _words(self, scene: Scene, scene_id: int) -> np.random.Generator:
+        """What the caption draws from: with data.wordings, scenes that differ in their starts alone share so many captions."""
+        if not self.cfg.wordings:
+            return keyed.rng(self.seed, "caption", scene_id)
+        told = [replace(obj, start=(0.0, 0.0)) for obj in scene.objects]
+        return keyed.rng(self.seed, "wording", scene_id % self.cfg.wordings, repr((told, scene.camera)))
 
 
 class FolderClips:
