@@ -1,7 +1,8 @@
 """Samples videos from a checkpoint:  python sample.py CHECKPOINT --prompt "..." [--out clip.mp4] [--frames 128] [--seed 0]
 
-CHECKPOINT is a checkpoint folder or a training run's folder. Writes for every prompt an H.264 mp4, a contact sheet beside it
-(.png) and a JSON with all that reproduces it (.json). The model's config comes from the checkpoint.
+CHECKPOINT is a checkpoint folder, a training run's folder, or published Latte weights: a folder of diffusers, its hub id
+(maxin-cn/Latte-1), a .pt file. Writes for every prompt an H.264 mp4, a contact sheet beside it (.png) and a JSON with all that
+reproduces it (.json). The model's config comes from the checkpoint. Of a model of classes, a prompt is a class's name or number.
 """
 
 import argparse
@@ -17,6 +18,8 @@ from tqdm import tqdm
 from latte import checkpoint, pipeline, video
 from latte.world.caption import parse
 from latte.world.judge import judge
+
+FRAMES = 128  # 16 seconds
 
 
 def prompts_of(args: argparse.Namespace) -> list[str]:
@@ -36,38 +39,46 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
 def run(args: argparse.Namespace) -> int:
     prompts = prompts_of(args)
     for name in ("frames", "fps", "scale"):
-        if getattr(args, name) <= 0:
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise ValueError(f"--{name}: must be above 0, got {getattr(args, name)}")
     try:
         device = torch.empty(0, device=args.device).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: {args.device!r} cannot be used here: {str(error).splitlines()[0]}") from None
-    found = checkpoint.read(args.checkpoint)
-    pipe = pipeline.load(found.path, device)
-    stage = found.config.stages[-1]
+    own = checkpoint.is_checkpoint(args.checkpoint)
+    pipe = pipeline.load(args.checkpoint, device, getattr(torch, args.dtype), args.adapters, args.adapter_scale, args.set)
+    stage = pipe.cfg.stages[-1]
+    frames = args.frames or (FRAMES if own else stage.frames)
     height, width = args.height or stage.height, args.width or stage.width
     changed = {name: getattr(args, name) for name in ("steps", "guidance") if getattr(args, name) is not None}
-    settings = dataclasses.replace(found.config.sampler, **changed, **({"name": args.sampler} if args.sampler else {}))
+    settings = dataclasses.replace(pipe.cfg.sampler, **changed, **({"name": args.sampler} if args.sampler else {}))
+    source = {"checkpoint": str(args.checkpoint), "adapters": args.adapters, "settings": args.set, "dtype": args.dtype}
+    if own:
+        found = checkpoint.read(args.checkpoint)
+        source |= {"checkpoint_step": found.step, "ema_sha256": found.files["ema.safetensors"]}
+    for prompt in prompts:
+        pipe.condition([prompt])
+    if pipe.text is not None:
+        pipe.text.release()  # all prompts are encoded: its memory goes to the frames
 
     for index, prompt in enumerate(prompts):
         out = Path(args.out) if len(prompts) == 1 else Path(args.out).with_name(f"{Path(args.out).stem}-{index:04d}.mp4")
         out.parent.mkdir(parents=True, exist_ok=True)
         seed = args.seed + index
-        with tqdm(total=settings.steps, desc=f"sampling {args.frames} frames", unit="step") as bar:
-            clip = pipe([prompt], [seed], args.frames, height, width, args.fps, settings,
+        with tqdm(total=settings.steps, desc=f"sampling {frames} frames", unit="step") as bar:
+            clip = pipe([prompt], [seed], frames, height, width, args.fps, settings,
                         progress=lambda done, _steps, bar=bar: bar.update(done - bar.n))[0]
-        record = {"prompt": prompt, "seed": seed, "frames": args.frames, "fps": args.fps, "height": height, "width": width,
-                  "scale": args.scale, "sampler": dataclasses.asdict(settings), "checkpoint": str(args.checkpoint),
-                  "checkpoint_step": found.step, "ema_sha256": found.files["ema.safetensors"], "versions": checkpoint.versions()}
+        record = {"prompt": prompt, "seed": seed, "frames": frames, "fps": args.fps, "height": height, "width": width,
+                  "scale": args.scale, "sampler": dataclasses.asdict(settings), **source, "versions": checkpoint.versions()}
         print(f"prompt:  {prompt}")
-        if found.config.data.source == "world":
+        if pipe.cfg.data.source == "world":
             record["judge"] = verdict = _verdict(clip, prompt, args.fps)
             print(f"judge:   {_in_words(verdict)}")
         shown = clip.repeat(args.scale, axis=1).repeat(args.scale, axis=2)
         video.write(out, shown, args.fps)
         video.contact_sheet(shown, out.with_suffix(".png"))
         out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-        print(f"video:   {out} ({args.frames} frames, {args.fps:g} fps, {args.frames / args.fps:.1f} s)")
+        print(f"video:   {out} ({frames} frames, {args.fps:g} fps, {frames / args.fps:.1f} s)")
         print(f"beside:  {out.with_suffix('.png').name} (contact sheet), {out.with_suffix('.json').name} (how to repeat it)")
     return 0
 
@@ -89,12 +100,12 @@ def _in_words(verdict: dict) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a checkpoint folder or a run's folder")
+    parser.add_argument("checkpoint", help="a checkpoint or run folder, or published weights")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt")
     what.add_argument("--prompts", metavar="FILE", help="a text file with one prompt a line")
     parser.add_argument("--out", default="out/sample.mp4", help="with several prompts: -0000, -0001, ... before the suffix")
-    parser.add_argument("--frames", type=int, default=128)
+    parser.add_argument("--frames", type=int, help=f"default: {FRAMES}, and of published weights what they were made for")
     parser.add_argument("--fps", type=float, default=8.0)
     parser.add_argument("--height", type=int, help="pixels; default: as trained last")
     parser.add_argument("--width", type=int)
@@ -103,6 +114,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt; the next ones count on")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of all weights")
+    parser.add_argument("--adapters", default="", metavar="FOLDER", help="low-rank adapters to add, as peft writes them")
+    parser.add_argument("--adapter-scale", type=float, default=1.0)
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value",
+                        help="change a setting of the config, such as text.quantize=4bit; may be given again")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     try:
         return run(parser.parse_args(argv))

@@ -7,6 +7,7 @@ Letters: b batch, f frames, c channels, h w height and width, l text tokens, d w
 
 import argparse
 import contextlib
+import copy
 import signal
 import sys
 import time
@@ -16,12 +17,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from latte import checkpoint, config, diffusion, keyed, video
+from latte import checkpoint, config, diffusion, keyed, lora, memory, pipeline, video
 from latte.codec import VideoCodec
 from latte.data import Batch, FolderClips, make_loader, open_clips
-from latte.model import Latte, flops
+from latte.model import Latte, flops, frame_times
 from latte.optim import EMA, lr_at, make_optimizer
-from latte.pipeline import Pipeline
 from latte.runlog import RunLog
 from latte.text import TextEncoder
 from latte.world.caption import caption
@@ -38,12 +38,12 @@ def train(cfg: config.Config) -> int:
     device, rank, ranks = accelerator.device, accelerator.process_index, accelerator.num_processes
 
     clips = open_clips(cfg.data, cfg.seed, cfg.stages)
-    text, codec = TextEncoder(cfg.text, device), VideoCodec(cfg.codec, device)
-    for key, needed in (("text_channels", text.width), ("in_channels", codec.channels)):
-        if getattr(cfg.model, key) != needed:
-            raise ValueError(f"model.{key}: must be {needed} for this text encoder and codec, got {getattr(cfg.model, key)}")
+    text = TextEncoder(cfg.text, device) if cfg.model.conditioning == "text" else None
+    codec = VideoCodec(cfg.codec, device)
+    _check_fit(cfg, clips, text, codec)
     torch.manual_seed(cfg.seed)  # initial weights only; training draws keyed numbers
-    model = Latte(cfg.model).to(device)
+    model, notes = pipeline.build(cfg)
+    model.to(device)
     optimizer, ema = make_optimizer(model, cfg.optim), EMA(model, cfg.optim.ema_decay)
 
     start, changed = 0, []
@@ -53,6 +53,8 @@ def train(cfg: config.Config) -> int:
         before, now = config.to_dict(found.config), config.to_dict(cfg)
         changed = [key for key in now if key not in ("run", "train", "preview") and now[key] != before[key]]
     raw, raw_optimizer = model, optimizer
+    if cfg.train.checkpoint_blocks:
+        memory.checkpoint_blocks(raw)
     if cfg.train.compile:
         for block in [*raw.spatial, *raw.temporal]:
             block.compile()
@@ -60,6 +62,8 @@ def train(cfg: config.Config) -> int:
 
     with contextlib.closing(RunLog(cfg, accelerator, start)) as log:
         log.say(f"{cfg.run}: from update {start} to {cfg.total_steps} on {ranks} process(es), {device.type}")
+        for note in notes if start == 0 else []:
+            log.say(note)
         if changed:
             log.say(f"warning: not the settings that this run began with: {', '.join(changed)}")
         if isinstance(clips, FolderClips):
@@ -79,7 +83,8 @@ def train(cfg: config.Config) -> int:
                     # the sum over all parts and processes is the mean over the batch: DDP averages, so ranks multiply
                     accelerator.backward(losses.sum() * (ranks / stage.batch_size))
                     window.loss += losses.detach().sum() * (ranks / stage.batch_size)
-            norm = accelerator.clip_grad_norm_(model.parameters(), cfg.optim.grad_clip or float("inf"))
+            clipped = cfg.optim.grad_clip and step >= cfg.optim.clip_from_step
+            norm = accelerator.clip_grad_norm_(model.parameters(), cfg.optim.grad_clip if clipped else float("inf"))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if not accelerator.optimizer_step_was_skipped:
@@ -101,61 +106,85 @@ def train(cfg: config.Config) -> int:
                 accelerator.wait_for_everyone()
             if cfg.preview.count and (final or (cfg.preview.every_steps and done % cfg.preview.every_steps == 0)):
                 if accelerator.is_main_process:
-                    log.metrics(done, preview(cfg, ema, text, codec, device, done, batch.stage, log))
+                    log.metrics(done, preview(cfg, raw, ema, text, codec, device, done, batch.stage, log))
                 accelerator.wait_for_everyone()
             if signalled and not final:
                 log.say(f"interrupted after update {done}; saved, the same command goes on from there")
                 return INTERRUPTED
 
     if accelerator.is_main_process:
-        digest = checkpoint.weights_sha256(dict(raw.named_parameters()))
+        if cfg.init.lora_rank and cfg.model.conditioning == "text":
+            print(f"adapters: {lora.save(raw, ema.weights, cfg.init, Path(cfg.run) / 'adapters')}")
+        digest = checkpoint.weights_sha256(checkpoint.trained(raw))
         (Path(cfg.run) / "parameters.sha256").write_text(digest + "\n")
         print(f"parameters sha256: {digest}")
     return 0
 
 
-def _losses(part: Batch, cfg: config.Config, model: torch.nn.Module, text: TextEncoder, codec: VideoCodec, device):
+def _check_fit(cfg: config.Config, clips, text: TextEncoder | None, codec: VideoCodec) -> None:
+    """Settings that only the data, the text encoder and the codec can tell. Raises ValueError naming the key."""
+    needed = {"in_channels": codec.channels} | ({"text_channels": text.width} if text else {})
+    if cfg.model.conditioning == "class":
+        cfg.data.class_names = cfg.data.class_names or clips.classes
+        needed["classes"] = len(cfg.data.class_names)
+        strange = sorted(set(clips.classes) - set(cfg.data.class_names))
+        if strange:
+            raise ValueError(f"data.class_names: lacks {', '.join(strange[:6])}, folders of {cfg.data.path}")
+    for key, value in needed.items():
+        if getattr(cfg.model, key) != value:
+            raise ValueError(f"model.{key}: must be {value} for this text encoder, codec and data, got {getattr(cfg.model, key)}")
+    if codec.time_factor > 1 and any(stage.image_frames for stage in cfg.stages):
+        raise ValueError("stages.image_frames: this VAE codes frames together, so images cannot join a clip")
+
+
+def _losses(part: Batch, cfg: config.Config, model: torch.nn.Module, text: TextEncoder | None, codec: VideoCodec, device):
     """Loss of every sample of a part of the batch, [b]; all randomness is keyed by (seed, position, purpose)."""
+    def normal(purpose: str, shape: tuple[int, ...]) -> torch.Tensor:
+        draws = [keyed.normal(shape, cfg.seed, purpose, p) for p in part.positions]
+        return torch.from_numpy(np.stack(draws)).to(device)
+
+    images = len(part.captions[0]) - 1
     with torch.no_grad():
-        x0 = codec.encode(part.frames.to(device))  # [b f c h w]
-        states, mask = text.encode(part.captions)  # [b l d], [b l]
-    noise = np.stack([keyed.normal(tuple(x0.shape[1:]), cfg.seed, "noise", p) for p in part.positions])
-    tokens = x0.shape[1] * x0.shape[3] * x0.shape[4] // cfg.model.patch_size ** 2
+        _, frames, _, height, width = part.frames.shape
+        shape = codec.latent_shape(frames, height, width)
+        x0 = codec.encode(part.frames.to(device), normal("posterior", shape) if cfg.codec.posterior == "sample" else None)
+        cond = pipeline.conditions(cfg, text, part.captions, device)
+    tokens = (shape[0] - images) * shape[2] * shape[3] // cfg.model.patch_size ** 2
     draws = [keyed.rng(cfg.seed, "time", p).random() for p in part.positions]
     times = diffusion.draw_times(cfg.diffusion, torch.tensor(draws, dtype=torch.float64), tokens).to(device)  # [b]
-    frame_times = torch.arange(x0.shape[1]) * (codec.time_factor * cfg.data.base_fps / part.fps[:, None])  # [b f]
-    frame_times = frame_times.to(device)
+    places = frame_times(cfg.model, shape[0] - images, codec.time_factor * cfg.data.base_fps / part.fps).to(device)  # [f] or [b f]
 
     def model_fn(x, t, cond):
-        return model(x, t, frame_times=frame_times, **cond)
+        return model(x, t, frame_times=places, image_frames=images, **cond)
 
-    cond = {"text": states.to(device), "text_mask": mask.to(device)}
-    return diffusion.training_loss(model_fn, x0, cond, torch.from_numpy(noise).to(device), times, cfg.diffusion).loss
+    return diffusion.training_loss(model_fn, x0, cond, normal("noise", tuple(x0.shape[1:])), times, cfg.diffusion).loss
 
 
 @torch.no_grad()
-def preview(cfg: config.Config, ema: EMA, text: TextEncoder, codec: VideoCodec, device, done: int, stage_index: int,
-            log: RunLog) -> dict[str, float]:
+def preview(cfg: config.Config, trained: Latte, ema: EMA, text: TextEncoder | None, codec: VideoCodec, device, done: int,
+            stage_index: int, log: RunLog) -> dict[str, float]:
     """Samples preview videos from the EMA weights into the run's folder; returns judge scores for the embedded world."""
     stage = cfg.stages[stage_index]
     frames, fps = cfg.preview.frames or stage.frames, max(stage.fps)
-    model = Latte(cfg.model).to(device).eval()
-    for name, p in model.named_parameters():
+    model = copy.deepcopy(trained).eval()
+    for name, p in checkpoint.trained(model).items():
         p.copy_(ema.weights[name])
-    pipeline = Pipeline(cfg, model, text, codec, device)
+    pipe = pipeline.Pipeline(cfg, model, text, codec, device)
     scores: dict[str, list[float]] = {}
     for index in range(cfg.preview.count):
         scene, prompt = None, cfg.preview.prompts[index] if index < len(cfg.preview.prompts) else None
-        if prompt is None:
+        if prompt is None and cfg.data.source == "folder":
+            prompt = str(index % cfg.model.classes) if cfg.model.conditioning == "class" else ""
+        elif prompt is None:
             rng = keyed.rng(cfg.seed, "preview", index)
             scene = sample_scene(rng, cfg.data.world, "test", frames / fps, stage.width / stage.height)
             prompt = caption(scene, rng, "test")
-        clip = pipeline([prompt], [index], frames, stage.height, stage.width, fps)[0]
+        clip = pipe([prompt], [index], frames, stage.height, stage.width, fps)[0]
         path = Path(cfg.run) / "previews" / f"step-{done:08d}-{index}.mp4"
         path.parent.mkdir(exist_ok=True)
         video.write(path, clip, fps)
         path.with_suffix(".txt").write_text(prompt + "\n")
-        if scene is not None and cfg.data.source == "world" and frames > 1:
+        if scene is not None and frames > 1:
             verdict = judge(clip, scene, fps)
             for name, value in {**verdict.scores, "joint": verdict.joint}.items():
                 scores.setdefault(f"judge/{name}", []).append(float(value))
@@ -164,21 +193,29 @@ def preview(cfg: config.Config, ema: EMA, text: TextEncoder, codec: VideoCodec, 
 
 
 def plan(cfg: config.Config) -> str:
-    """What a run would do, as text: resolved config, model size, work of each stage, memory of the training state."""
+    """What a run would do, as text: resolved config, model size, work and memory of each stage."""
     with torch.device("meta"):
-        size = sum(p.numel() for p in Latte(cfg.model).parameters())
+        model = Latte(cfg.model)
+        if cfg.init.lora_rank:
+            lora.add(model, cfg.init)
+    size, tuned = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in checkpoint.trained(model).values())
     codec = VideoCodec(cfg.codec)
-    lines = [config.to_yaml(cfg), f"parameters: {size / 1e6:.2f} M",
-             f"training state: {size * 20 / 2**30:.2f} GiB (float32 weights, gradients, two AdamW moments, EMA)", "",
-             "stage   steps  frames  height  width  batch  tokens/clip  GFLOP/update (forward + backward)"]
+    lines = [config.to_yaml(cfg), f"parameters: {size / 1e6:.2f} M, of which trained: {tuned / 1e6:.2f} M",
+             f"training state: {(4 * size + 16 * tuned) / 2**30:.2f} GiB (float32 weights, gradients, two AdamW moments, EMA)", "",
+             "stage   steps  frames  height  width  batch  tokens/clip  GFLOP/update (forward + backward)  GiB/clip kept for backward"]
     total = 0.0
     for index, stage in enumerate(cfg.stages):
         f, _, h, w = codec.latent_shape(stage.frames, stage.height, stage.width)
-        work = 3 * stage.batch_size * flops(cfg.model, f, h, w, cfg.text.max_tokens) / 1e9
+        f += stage.image_frames
+        passes = 4 if cfg.train.checkpoint_blocks else 3
+        work = passes * stage.batch_size * flops(cfg.model, f, h, w, cfg.text.max_tokens) / 1e9
         total += work * stage.steps
+        tokens = f * h * w // cfg.model.patch_size ** 2
+        kept = memory.kept_for_backward(cfg.model, tokens, cfg.train.checkpoint_blocks, cfg.train.mixed_precision != "fp32")
         lines.append(f"{index:5d} {stage.steps:7d} {stage.frames:7d} {stage.height:7d} {stage.width:6d} {stage.batch_size:6d}"
-                     f" {f * h * w // cfg.model.patch_size ** 2:12d} {work:13.1f}")
-    lines.append(f"all stages: {cfg.total_steps} updates, {total / 1e6:.3f} PFLOP with {cfg.text.max_tokens} text tokens")
+                     f" {tokens:12d} {work:35.1f} {kept / 2**30:26.2f}")
+    lines.append(f"all stages: {cfg.total_steps} updates, {total / 1e6:.3f} PFLOP with {cfg.text.max_tokens} text tokens; "
+                 f"{total / 400e3 / 3600:.1f} device hours at 400 TFLOP/s")
     return "\n".join(lines)
 
 

@@ -43,7 +43,7 @@ def save(run: Path, step: int, cfg: config.Config, model: nn.Module, ema: EMA, o
     Raises OSError with the path when it cannot be written; older checkpoints are then untouched.
     """
     tensors = {
-        "model.safetensors": dict(model.named_parameters()),
+        "model.safetensors": trained(model),
         "ema.safetensors": ema.weights,
         "optimizer.safetensors": _optimizer_tensors(model, optimizer),
     }
@@ -81,6 +81,11 @@ def latest(run: str | Path) -> Path | None:
     return found[-1] if found else None
 
 
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a path is a checkpoint of this project or a run's folder with one in it, whole or damaged."""
+    return (Path(path) / "state.json").is_file() or latest(path) is not None
+
+
 def read(path: str | Path) -> Checkpoint:
     """Opens a checkpoint folder, or the newest checkpoint of a run's folder, and checks its files' hashes.
 
@@ -107,8 +112,11 @@ def read(path: str | Path) -> Checkpoint:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, checkpoint: Checkpoint, name: str = "ema.safetensors") -> None:
-    """Copies one weights file into a model, converting to its dtype. Raises ValueError when names or shapes differ."""
-    _copy(dict(model.named_parameters()), _tensors(checkpoint, name), checkpoint.path / name)
+    """Copies one weights file into a model, converting to its dtype. Raises ValueError when names or shapes differ.
+
+    Of a model with adapters, only these are in the file: its other weights are frozen and stay as they are.
+    """
+    _copy(trained(model), _tensors(checkpoint, name), checkpoint.path / name)
 
 
 @torch.no_grad()
@@ -148,6 +156,11 @@ def weights_sha256(weights: dict[str, torch.Tensor]) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.view(torch.uint8).numpy().tobytes() if value.ndim else value.numpy().tobytes())
     return digest.hexdigest()
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name: a checkpoint holds these."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def versions() -> dict[str, str]:

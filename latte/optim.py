@@ -27,18 +27,18 @@ def lr_at(step: int, cfg: OptimConfig, total_steps: int) -> float:
 
 
 class EMA:
-    """Exponential moving average of a model's parameters in float32, `weights` by name.
+    """Exponential moving average of a model's trained parameters in float32, `weights` by name.
 
     The decay of update n is min(decay, (1 + n) / (10 + n)), so that early averages forget the random start.
     """
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
-        self.weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+        self.weights = {name: p.detach().float().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Takes in the parameters after update `step` (from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         averages = list(self.weights.values())
-        torch._foreach_lerp_(averages, [p.detach().float() for p in model.parameters()], 1 - decay)
+        torch._foreach_lerp_(averages, [p.detach().float() for p in model.parameters() if p.requires_grad], 1 - decay)

@@ -1,17 +1,37 @@
-"""From prompts to frames: model, text encoder, codec and sampler as one callable, for sampling, previews and evaluation."""
+"""From prompts to frames: model, text encoder, codec and sampler as one callable, for sampling, previews and evaluation.
 
+A pipeline comes from a checkpoint of this project or from a published Latte folder (see latte.published).
+"""
+
+import json
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from latte import checkpoint, keyed, sampler
+from latte import checkpoint, config, keyed, lora, published, sampler
 from latte.codec import VideoCodec, to_frames
-from latte.config import Config, SamplerConfig
-from latte.model import Latte
+from latte.config import (
+    CodecConfig,
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    InitConfig,
+    SamplerConfig,
+    StageConfig,
+    TextConfig,
+)
+from latte.model import Latte, frame_times
 from latte.text import TextEncoder
+
+Condition = dict[str, torch.Tensor]
+PARTS = ("model_index.json", "transformer/*", "vae/*", "tokenizer/*", "text_encoder/*", "scheduler/*")
+SCHEDULE = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 2e-2, "prediction_type": "epsilon",
+            "num_train_timesteps": 1000}
 
 
 @dataclass
@@ -20,9 +40,10 @@ class Pipeline:
 
     cfg: Config
     model: nn.Module
-    text: TextEncoder
+    text: TextEncoder | None
     codec: VideoCodec
     device: torch.device | str = "cpu"
+    kept: dict[tuple[str, ...], tuple[Condition, Condition]] = field(default_factory=dict)  # of prompts encoded before
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], seeds: list[int], frames: int, height: int, width: int, fps: float = 8.0,
@@ -38,16 +59,25 @@ class Pipeline:
         def noise(*key: int | str) -> torch.Tensor:
             return torch.from_numpy(np.stack([keyed.normal(shape, seed, *key) for seed in seeds])).to(self.device)
 
-        times = torch.arange(shape[0], device=self.device) * (self.codec.time_factor * self.cfg.data.base_fps / fps)  # [f]
-        model_fn = sampler.guidance(self._model_fn(times), self.condition([""]), settings.guidance)
+        times = frame_times(self.cfg.model, shape[0], self.codec.time_factor * self.cfg.data.base_fps / fps).to(self.device)  # [f]
+        cond, null = self.condition(prompts)
+        model_fn = sampler.guidance(self._model_fn(times), null, settings.guidance if cond else 1.0)
         tokens = shape[0] * shape[2] * shape[3] // self.cfg.model.patch_size ** 2
-        latents = sampler.sample(model_fn, noise("sample"), self.condition(prompts), self.cfg.diffusion, settings, tokens,
+        latents = sampler.sample(model_fn, noise("sample"), cond, self.cfg.diffusion, settings, tokens,
                                  noise_fn=lambda step: noise("ancestral", step), progress=progress)
         return to_frames(self.codec.decode(latents, frames))
 
-    def condition(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        states, mask = self.text.encode(prompts)
-        return {"text": states.to(self.device), "text_mask": mask.to(self.device)}
+    def condition(self, prompts: list[str]) -> tuple[Condition, Condition]:
+        """What the model is told of the prompts, and of no prompt; kept, so that the text encoder may go after it."""
+        key = tuple(prompts)
+        if key not in self.kept:
+            if self.text is not None:
+                pair = [{"text": states.to(self.device), "text_mask": mask.to(self.device)}
+                        for states, mask in self.text.pair(prompts)]
+            else:
+                pair = [conditions(self.cfg, None, [[prompt] for prompt in which], self.device) for which in (prompts, [""])]
+            self.kept[key] = (pair[0], pair[1])
+        return self.kept[key]
 
     def _model_fn(self, frame_times: torch.Tensor) -> Callable:
         """The model as samplers call it, in the precision that it was trained in."""
@@ -60,13 +90,108 @@ class Pipeline:
         return model_fn
 
 
-def load(path: str, device: torch.device | str = "cpu") -> Pipeline:
-    """The pipeline of a checkpoint folder or a run's newest checkpoint, with its EMA weights.
+def conditions(cfg: Config, text: TextEncoder | None, captions: list[list[str]], device: torch.device | str) -> Condition:
+    """What Latte.forward takes for captions [b][1+images]: text and mask, labels, or nothing. "" means no caption, no class.
 
-    Raises ValueError naming the path when there is no checkpoint, it is damaged, or it does not fit its own config.
+    A class is told by its name in data.class_names or by its number. Raises ValueError naming one that there is not.
     """
-    found = checkpoint.read(path)
-    model = Latte(found.config.model)
-    checkpoint.load_weights(model, found)
-    return Pipeline(found.config, model.eval().to(device), TextEncoder(found.config.text, device),
-                    VideoCodec(found.config.codec, device), device)
+    rows = len(captions[0])
+    if cfg.model.conditioning == "none":
+        return {}
+    if cfg.model.conditioning == "class":
+        labels = torch.tensor([[_label(cfg, name) for name in row] for row in captions], device=device)  # [b rows]
+        return {"labels": labels[:, 0] if rows == 1 else labels}
+    states, mask = text.encode([caption for row in captions for caption in row])  # [(b rows) l d], [(b rows) l]
+    if rows > 1:
+        states, mask = states.unflatten(0, (-1, rows)), mask.unflatten(0, (-1, rows))
+    return {"text": states.to(device), "text_mask": mask.to(device)}
+
+
+def _label(cfg: Config, name: str) -> int:
+    if not name:
+        return cfg.model.classes
+    if name in cfg.data.class_names:
+        return cfg.data.class_names.index(name)
+    if name.isdigit() and int(name) < cfg.model.classes:
+        return int(name)
+    known = f", or one of {', '.join(cfg.data.class_names[:8])} ..." if cfg.data.class_names else ""
+    raise ValueError(f"{name!r} is no class of this model; give a number from 0 to {cfg.model.classes - 1}{known}")
+
+
+def build(cfg: Config) -> tuple[Latte, list[str]]:
+    """The model that training starts from: fresh or with the weights and adapters of cfg.init; and what there is to say of it.
+
+    Raises ValueError naming init.weights where they do not fit cfg.model.
+    """
+    model, notes = Latte(cfg.model), []
+    if cfg.init.weights:
+        place = Path(cfg.init.weights)
+        try:
+            if place.is_dir() and ((place / "state.json").is_file() or checkpoint.latest(place)):
+                checkpoint.load_weights(model, checkpoint.read(place))
+            else:
+                notes = published.fill(model, published.read(cfg.init.weights))
+        except ValueError as error:
+            raise ValueError(f"init.weights: {error}") from None
+    if cfg.init.lora_rank:
+        lora.add(model, cfg.init)
+    return model, [f"{cfg.init.weights}: {note}" for note in notes]
+
+
+def load(path: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, adapters: str = "",
+         adapter_scale: float = 1.0, overrides: list[str] = ()) -> Pipeline:
+    """The pipeline of a checkpoint folder or a run's newest checkpoint, with its EMA weights, or of a published Latte folder.
+
+    dtype: of all weights; in float32 the model runs in the precision that it was trained in. adapters: a folder of low-rank
+    adapters to add to the weights. overrides: settings of the config to change, such as text.quantize=4bit.
+    Raises ValueError naming the path when there is nothing to load, it is damaged, or it does not fit its own config.
+    """
+    place = Path(path)
+    if checkpoint.is_checkpoint(place):
+        found = checkpoint.read(place)
+        cfg = config.from_dict(config.to_dict(found.config), overrides)
+        model, _ = build(cfg) if cfg.init.lora_rank else (Latte(cfg.model), [])
+        checkpoint.load_weights(model, found)
+    else:
+        cfg, model = _published(path, overrides)
+    if adapters:
+        lora.merge(model, adapters, adapter_scale)
+    if dtype != torch.float32:
+        name = str(dtype).removeprefix("torch.")
+        cfg = config.from_dict(config.to_dict(cfg), ["train.mixed_precision=fp32", f"text.dtype={name}", f"codec.dtype={name}"])
+    text = TextEncoder(cfg.text, device) if cfg.model.conditioning == "text" else None
+    return Pipeline(cfg, model.eval().to(device, dtype), text, VideoCodec(cfg.codec, device), device)
+
+
+def _published(path: str, overrides: list[str]) -> tuple[Config, Latte]:
+    """Config and model of published weights: those of a pipeline folder sample as the folder's own pipeline would.
+
+    Weights without a pipeline around them take the VAE that their authors sampled with, and text encoder and tokenizer of Latte-1;
+    codec.path and text.encoder change that.
+    """
+    place = published.local(path, PARTS)
+    found = published.read(place)
+    schedule = place / "scheduler" / "scheduler_config.json"
+    if schedule.is_file():
+        facts = json.loads(schedule.read_text())
+        wrong = {key: facts[key] for key, value in SCHEDULE.items() if facts.get(key, value) != value}
+        if wrong:
+            raise ValueError(f"{schedule}: {wrong} is not the noise schedule of Latte, {SCHEDULE}")
+    shape = published.model_config(found)
+    text, whole = shape.conditioning == "text", (place / "vae").is_dir()
+    side = 8 * shape.sample_size
+    cfg = Config(
+        model=shape,
+        text=TextConfig(encoder=str(place) if whole else "maxin-cn/Latte-1", subfolder="text_encoder", max_tokens=120),
+        codec=CodecConfig(kind="autoencoder", path=str(place) if whole else "stabilityai/sd-vae-ft-ema",
+                          subfolder="vae" if whole else ""),
+        diffusion=DiffusionConfig(kind="ddpm", prediction="eps", loss="eps"),
+        sampler=SamplerConfig(name="ddim", steps=50, guidance=7.5) if text else SamplerConfig(name="ddpm", steps=250, guidance=7.0),
+        data=DataConfig(source="folder", path="-", layout="captions" if text else "classes"),
+        stages=[StageConfig(frames=found.facts.get("video_length", published.PUBLISHED_FRAMES), height=side, width=side)],
+        init=InitConfig(weights=str(place)))
+    cfg = config.from_dict(config.to_dict(cfg), overrides)
+    model = Latte(cfg.model)
+    for note in published.fill(model, found):
+        warnings.warn(f"{path}: {note}", stacklevel=3)
+    return cfg, model

@@ -65,24 +65,42 @@ def read(path: str | Path, start_s: float = 0.0, frames: int = 128, fps: float =
     if frames < 1 or fps <= 0 or start_s < 0:
         raise ValueError(f"{path}: cannot read {frames} frames at {fps} fps from {start_s} s; "
                          "frames and fps must be above 0 and the start not below")
+    return read_at(path, [start_s + i / fps for i in range(frames)], height, width)
+
+
+def read_at(path: str | Path, wanted: list[float], height: int | None = None, width: int | None = None) -> np.ndarray:
+    """The frames nearest to the wanted times in seconds, which rise, as uint8 [f h w 3]; sizes and errors as in `read`."""
     if (height is None) != (width is None):
         raise ValueError(f"{path}: give both height and width, or neither")
-    wanted = [start_s + i / fps for i in range(frames)]
     picked: list[np.ndarray] = []
     shown = None
-    for coming in itertools.chain(_decode(path, start_s), [None]):
+    for coming in itertools.chain(_decode(path, wanted[0]), [None]):
         if shown:
             # A frame is the nearest until half-way to the next one; the last frame lasts until its end.
             until = (shown.start + coming.start) / 2 + EPS_S if coming else shown.end - EPS_S
             count = sum(at <= until for at in wanted[len(picked):])
             if count:
                 picked += [_picture(shown, height, width)] * count
-        if len(picked) == frames:
+        if len(picked) == len(wanted):
             return np.stack(picked)
         if coming:
             shown = coming
     has = shown.end if shown else 0.0
-    raise ValueError(f"{path}: has {has:.2f} s of video, too little for {frames} frames at {fps:g} fps from {start_s:g} s on")
+    raise ValueError(f"{path}: has {has:.2f} s of video, too little for the {len(wanted)} frames from {wanted[0]:g} s "
+                     f"to {wanted[-1]:g} s")
+
+
+def read_images(paths: list[Path], height: int | None = None, width: int | None = None) -> np.ndarray:
+    """Image files as the frames of a clip, uint8 [f h w 3]; scaled and cut as in `read`. ValueError naming a damaged one."""
+    frames = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                frame = av.VideoFrame.from_ndarray(np.asarray(image.convert("RGB")), format="rgb24")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: cannot be read as an image ({error})") from None
+        frames.append(_picture(_Shown(0.0, 0.0, frame, 1.0), height, width))
+    return np.stack(frames)
 
 
 def write(path: str | Path, frames: np.ndarray, fps: float = 8.0, scale: int = 1) -> None:

@@ -48,7 +48,7 @@ def test_captions_are_dropped_per_sample_at_the_asked_rate():
     stages = [StageConfig(steps=1, frames=1, height=16, width=16, batch_size=400)]
     for rate in (0.0, 0.1, 0.5, 1.0):
         cfg = DataConfig(clips=5, caption_dropout=rate, world=WORLD.world)
-        dropped = [c == "" for c in batches(cfg, stages)[0].captions]
+        dropped = [c == "" for [c] in batches(cfg, stages)[0].captions]
         assert np.mean(dropped) == pytest.approx(rate, abs=0.075)  # three standard deviations
     assert batches()[0].captions != batches()[1].captions
 
@@ -56,7 +56,7 @@ def test_captions_are_dropped_per_sample_at_the_asked_rate():
 def test_every_epoch_goes_through_all_clips_in_a_new_order():
     stages = [StageConfig(steps=8, frames=1, height=16, width=16, batch_size=5)]
     cfg = DataConfig(clips=5, caption_dropout=0.0, world=WORLD.world)
-    orders = [tuple(b.captions) for b in batches(cfg, stages)]
+    orders = [tuple(c for [c] in b.captions) for b in batches(cfg, stages)]
     assert all(set(order) == set(orders[0]) for order in orders)
     assert len(set(orders)) > 1
 
@@ -88,11 +88,11 @@ def test_a_folder_of_videos_with_captions(tmp_path):
     cfg = DataConfig(source="folder", path=str(tmp_path), caption_dropout=0.0)
     stages = [StageConfig(steps=2, frames=8, height=32, width=32, batch_size=2, fps=[4.0])]
     clips = FolderClips(cfg, 0, stages)
-    assert [path.name for path, _, _ in clips.clips] == ["good.mp4"]
+    assert [clip.path.name for clip in clips.clips] == ["good.mp4"]
     reasons = {path.name: why for path, why in clips.dropped.items()}
     assert reasons["mute.mp4"] == "no caption" and "0.25 s long" in reasons["short.mp4"] and "broken.mp4" in reasons["broken.mp4"]
     first = batches(cfg, stages)[0]
-    assert first.captions == ["a bar moves right"] * 2 and first.frames.shape == (2, 8, 3, 32, 32)
+    assert first.captions == [["a bar moves right"]] * 2 and first.frames.shape == (2, 8, 3, 32, 32)
 
 
 def test_a_csv_of_captions_and_an_empty_folder(tmp_path):
@@ -105,5 +105,5 @@ def test_a_csv_of_captions_and_an_empty_folder(tmp_path):
         FolderClips(DataConfig(source="folder", path=str(tmp_path)), 0, stages)
     (tmp_path / "captions.csv").write_text("file,caption\na.mp4,\"a bar, moving\"\nmissing.mp4,gone\n")
     clips = FolderClips(DataConfig(source="folder", path=str(tmp_path)), 0, stages)
-    assert [text for _, text, _ in clips.clips] == ["a bar, moving"]
+    assert [clip.caption for clip in clips.clips] == ["a bar, moving"]
     assert [path.name for path in clips.dropped] == ["missing.mp4"]

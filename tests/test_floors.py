@@ -14,8 +14,10 @@ FLOORS = [
     {"latte.config", "latte.video", "latte.keyed"},
     {"latte.attention", "latte.diffusion", "latte.optim", "latte.metrics", "latte.world"},
     {"latte.model", "latte.sampler"},
-    {"latte.codec", "latte.text", "latte.checkpoint", "latte.published", "latte.parallel", "latte.memory", "latte.runlog"},
-    {"latte.data", "latte.pipeline"},
+    {"latte.codec", "latte.text", "latte.checkpoint", "latte.parallel", "latte.memory", "latte.runlog"},
+    {"latte.published", "latte.data"},
+    {"latte.lora"},
+    {"latte.pipeline"},
     {"train", "sample", "latte.evaluate", "latte.reproduce", "latte.app"},
 ]
 FOR_DATA_TOOLS = {"latte.config", "latte.video", "latte.world", "latte.text", "latte.codec"}

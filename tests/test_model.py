@@ -11,7 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latte.attention import attention, rope, rotate
 from latte.config import ModelConfig
+from latte.memory import checkpoint_blocks
 from latte.model import Block, CrossAttention, Latte, flops
+from latte.published import names
 
 GOLDEN = Path(__file__).parent / "golden/latte_t2v.npz"
 SMALL = dict(sample_size=8, layers=2, heads=3, head_dim=8, text_channels=32)  # the golden model's shape
@@ -47,28 +49,9 @@ def reference(**changes) -> LatteTransformer3DModel:
     return model
 
 
-def sources(layers: int) -> dict[str, list[str]]:
-    """Module or table of this model -> those of the published one that it joins, in order."""
-    names = {"patch": ["pos_embed.proj"], "timestep.0": ["adaln_single.emb.timestep_embedder.linear_1"],
-             "timestep.2": ["adaln_single.emb.timestep_embedder.linear_2"], "modulation": ["adaln_single.linear"],
-             "text.0": ["caption_projection.linear_1"], "text.2": ["caption_projection.linear_2"], "out": ["proj_out"]}
-    tables = {"table": ["scale_shift_table"]}
-    for i in range(layers):
-        for mine, theirs in (f"spatial.{i}", f"transformer_blocks.{i}"), (f"temporal.{i}", f"temporal_transformer_blocks.{i}"):
-            tables[f"{mine}.table"] = [f"{theirs}.scale_shift_table"]
-            names |= {f"{mine}.attn.qkv": [f"{theirs}.attn1.to_{x}" for x in "qkv"],
-                      f"{mine}.attn.out": [f"{theirs}.attn1.to_out.0"],
-                      f"{mine}.mlp.0": [f"{theirs}.ff.net.0.proj"], f"{mine}.mlp.2": [f"{theirs}.ff.net.2"]}
-        mine, theirs = f"spatial.{i}.cross", f"transformer_blocks.{i}.attn2"
-        names |= {f"{mine}.q": [f"{theirs}.to_q"], f"{mine}.kv": [f"{theirs}.to_k", f"{theirs}.to_v"],
-                  f"{mine}.out": [f"{theirs}.to_out.0"]}
-    return tables | {f"{mine}.{kind}": [f"{x}.{kind}" for x in theirs]
-                     for mine, theirs in names.items() for kind in ("weight", "bias")}
-
-
 def translate(state: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]:
     """Tensors under the published names, weights or gradients, as this model's. Every key of both sides must be used once."""
-    table = sources(layers)
+    table = names("latte", ModelConfig(**{**SMALL, "layers": layers}))
     used = [key for keys in table.values() for key in keys]
     assert sorted(used) == sorted(state)
     mine = {name: torch.cat([state[key] for key in keys]) for name, keys in table.items()}
@@ -108,6 +91,8 @@ CASES = {
     "patch 4": dict(shape=(2, 5, 4, 8, 16), patch_size=4),
     "sample size 16": dict(shape=(2, 5, 4, 8, 8), sample_size=16),
     "sample size 128": dict(shape=(2, 5, 4, 8, 8), sample_size=128),
+    "batch of 3": dict(shape=(3, 5, 4, 8, 8), t=torch.tensor([999, 3, 500])),
+    "128 frames": dict(shape=(1, 128, 4, 4, 4), video_length=128),
 }
 
 
@@ -123,8 +108,20 @@ def test_forward_equals_the_reference(case):
         assert_same(mine(x, t[:shape[0]], text, mask), expected)
 
 
-def test_every_gradient_equals_the_reference():
+def test_without_temporal_attention_it_equals_the_reference():
     theirs, mine = pair()
+    x, t, text = inputs()
+    with torch.no_grad():
+        expected = theirs(x.transpose(1, 2), t, text, enable_temporal_attentions=False, return_dict=False)[0].transpose(1, 2)
+        assert_same(mine(x, t, text, image_frames=x.shape[1]), expected)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
+def test_every_gradient_equals_the_reference(checkpointed):
+    theirs, mine = pair()
+    if checkpointed:
+        theirs.enable_gradient_checkpointing()
+        checkpoint_blocks(mine)
     x, t, text = inputs()
     target = random(2, 5, 8, 8, 8, seed=2)
     (call(theirs, x, t, text, MASK) - target).square().mean().backward()
@@ -418,7 +415,7 @@ def test_compiles_into_one_graph(changes):
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(labels=torch.tensor([1, 2])), "labels.*text"),
+    (dict(labels=torch.tensor([1, 2])), "labels: model.conditioning is text"),
     (dict(x=torch.zeros(2, 5, 3, 8, 8)), r"3 channels.*model\.in_channels is 4"),
     (dict(x=torch.zeros(2, 5, 4, 8, 7)), r"8x7.*model\.patch_size = 2"),
     (dict(t=torch.zeros(3)), r"t must be \[2\] or \[2 5\].*\[3\]"),
