@@ -46,12 +46,18 @@ def run(args: argparse.Namespace) -> int:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: {args.device!r} cannot be used here: {str(error).splitlines()[0]}") from None
     own = checkpoint.is_checkpoint(args.checkpoint)
-    pipe = pipeline.load(args.checkpoint, device, getattr(torch, args.dtype), args.adapters, args.adapter_scale, args.set)
-    stage = pipe.cfg.stages[-1]
+    cfg, dtype = pipeline.configure(args.checkpoint, args.set), getattr(torch, args.dtype)
+    stage = cfg.stages[-1]
     frames = args.frames or (FRAMES if own else stage.frames)
     height, width = args.height or stage.height, args.width or stage.width
     changed = {name: getattr(args, name) for name in ("steps", "guidance") if getattr(args, name) is not None}
-    settings = dataclasses.replace(pipe.cfg.sampler, **changed, **({"name": args.sampler} if args.sampler else {}))
+    settings = dataclasses.replace(cfg.sampler, **changed, **({"name": args.sampler} if args.sampler else {}))
+    if args.dry_run:
+        peaks = pipeline.plan(cfg, frames, height, width, settings.guidance, dtype)
+        print(f"{frames} frames of {height}x{width} in {args.dtype}, most memory in each phase, beside a GPU's libraries:")
+        print("\n".join(f"{phase:10s} {size / 1e9:6.2f} GB" for phase, size in peaks.items()))
+        return 0
+    pipe = pipeline.load(args.checkpoint, device, dtype, args.adapters, args.adapter_scale, args.set)
     source = {"checkpoint": str(args.checkpoint), "adapters": args.adapters, "settings": args.set, "dtype": args.dtype}
     if own:
         found = checkpoint.read(args.checkpoint)
@@ -71,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         record = {"prompt": prompt, "seed": seed, "frames": frames, "fps": args.fps, "height": height, "width": width,
                   "scale": args.scale, "sampler": dataclasses.asdict(settings), **source, "versions": checkpoint.versions()}
         print(f"prompt:  {prompt}")
-        if pipe.cfg.data.source == "world":
+        if cfg.data.source == "world":
             record["judge"] = verdict = _verdict(clip, prompt, args.fps)
             print(f"judge:   {_in_words(verdict)}")
         shown = clip.repeat(args.scale, axis=1).repeat(args.scale, axis=2)
@@ -119,6 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--adapter-scale", type=float, default=1.0)
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value",
                         help="change a setting of the config, such as text.quantize=4bit; may be given again")
+    parser.add_argument("--dry-run", action="store_true", help="print the memory that each phase will take, then exit")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     try:
         return run(parser.parse_args(argv))

@@ -199,10 +199,10 @@ def plan(cfg: config.Config) -> str:
         if cfg.init.lora_rank:
             lora.add(model, cfg.init)
     size, tuned = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in checkpoint.trained(model).values())
-    codec = VideoCodec(cfg.codec)
+    codec = VideoCodec(cfg.codec, weights=False)
     lines = [config.to_yaml(cfg), f"parameters: {size / 1e6:.2f} M, of which trained: {tuned / 1e6:.2f} M",
              f"training state: {(4 * size + 16 * tuned) / 2**30:.2f} GiB (float32 weights, gradients, two AdamW moments, EMA)", "",
-             "stage   steps  frames  height  width  batch  tokens/clip  GFLOP/update (forward + backward)  GiB/clip kept for backward"]
+             "stage   steps  frames  height  width  batch  tokens/clip  GFLOP/update (forward + backward)  GiB/clip for backward"]
     total = 0.0
     for index, stage in enumerate(cfg.stages):
         f, _, h, w = codec.latent_shape(stage.frames, stage.height, stage.width)

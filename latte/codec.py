@@ -48,13 +48,14 @@ class VideoCodec:
       is never cut.
     """
 
-    def __init__(self, cfg: CodecConfig, device: str | torch.device = "cpu"):
+    def __init__(self, cfg: CodecConfig, device: str | torch.device = "cpu", weights: bool = True):
+        """weights=False reads the VAE's config alone and leaves its weights random: enough to plan with."""
         self.cfg = cfg
         self.vae = None
         self.channels, self.factor, self.time_factor = 3, 1, 1
         if cfg.kind == "pixels":
             return
-        self.vae = _load_vae(cfg).eval().requires_grad_(False).to(device)
+        self.vae = _load_vae(cfg, weights).eval().requires_grad_(False).to(device)
         config, facts = self.vae.config, vars(self.vae)  # each class of VAE has its own names for the same few numbers
         self.channels = _first(config.get("latent_channels"), config.get("z_dim"))
         self.factor = facts.get("spatial_compression_ratio") or 2 ** (len(config["block_out_channels"]) - 1)
@@ -141,15 +142,18 @@ class VideoCodec:
         return self.vae.decode(z.to(self.vae.dtype), **frames).sample.float()
 
 
-def _load_vae(cfg: CodecConfig):
+def _load_vae(cfg: CodecConfig, weights: bool):
     import diffusers  # takes seconds to import, and pixels do without it
 
     where = repr(cfg.path) + (f" (subfolder {cfg.subfolder!r})" if cfg.subfolder else "")
     place = {"subfolder": cfg.subfolder} if cfg.subfolder else {}
     try:
-        name = diffusers.AutoencoderKL.load_config(cfg.path, **place).get("_class_name", "")
+        facts = diffusers.AutoencoderKL.load_config(cfg.path, **place)
+        name = facts.get("_class_name", "")
         if not name.startswith("Autoencoder") or not hasattr(diffusers, name):
             raise ValueError(f"its config names the class {name!r}")
+        if not weights:
+            return getattr(diffusers, name).from_config(facts)
         return getattr(diffusers, name).from_pretrained(cfg.path, torch_dtype=getattr(torch, cfg.dtype), **place)
     except (OSError, ValueError) as error:
         raise ValueError(f"codec.path: {where} is neither a folder nor a hub id of a diffusers VAE ({error})") from error

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from latte import checkpoint, config, keyed, lora, published, sampler
+from latte import checkpoint, config, keyed, lora, memory, published, sampler
 from latte.codec import VideoCodec, to_frames
 from latte.config import (
     CodecConfig,
@@ -26,7 +26,7 @@ from latte.config import (
     TextConfig,
 )
 from latte.model import Latte, frame_times
-from latte.text import TextEncoder
+from latte.text import TextEncoder, weight_bytes
 
 Condition = dict[str, torch.Tensor]
 PARTS = ("model_index.json", "transformer/*", "vae/*", "tokenizer/*", "text_encoder/*", "scheduler/*")
@@ -82,6 +82,8 @@ class Pipeline:
     def _model_fn(self, frame_times: torch.Tensor) -> Callable:
         """The model as samplers call it, in the precision that it was trained in."""
         precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.cfg.train.mixed_precision)
+
+        self.model.to(self.device)  # as late as this: until here the text encoder may have had the memory
 
         def model_fn(x, t, cond):
             with torch.autocast(x.device.type, precision, enabled=precision is not None):
@@ -146,31 +148,74 @@ def load(path: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
     adapters to add to the weights. overrides: settings of the config to change, such as text.quantize=4bit.
     Raises ValueError naming the path when there is nothing to load, it is damaged, or it does not fit its own config.
     """
-    place = Path(path)
-    if checkpoint.is_checkpoint(place):
-        found = checkpoint.read(place)
+    if checkpoint.is_checkpoint(path):
+        found = checkpoint.read(path)
         cfg = config.from_dict(config.to_dict(found.config), overrides)
         model, _ = build(cfg) if cfg.init.lora_rank else (Latte(cfg.model), [])
         checkpoint.load_weights(model, found)
     else:
-        cfg, model = _published(path, overrides)
+        place = published.local(path, PARTS)
+        found = published.read(place)
+        cfg = _published_config(place, found, overrides)
+        model = Latte(cfg.model)
+        for note in published.fill(model, found):
+            warnings.warn(f"{path}: {note}", stacklevel=2)
     if adapters:
         lora.merge(model, adapters, adapter_scale)
     if dtype != torch.float32:
         name = str(dtype).removeprefix("torch.")
         cfg = config.from_dict(config.to_dict(cfg), ["train.mixed_precision=fp32", f"text.dtype={name}", f"codec.dtype={name}"])
     text = TextEncoder(cfg.text, device) if cfg.model.conditioning == "text" else None
-    return Pipeline(cfg, model.eval().to(device, dtype), text, VideoCodec(cfg.codec, device), device)
+    return Pipeline(cfg, model.eval().to(dtype), text, VideoCodec(cfg.codec, device), device)
 
 
-def _published(path: str, overrides: list[str]) -> tuple[Config, Latte]:
-    """Config and model of published weights: those of a pipeline folder sample as the folder's own pipeline would.
+def plan(cfg: Config, frames: int, height: int, width: int, guidance: float, dtype: torch.dtype) -> dict[str, int]:
+    """Peak bytes of each phase of sampling one clip, from the configs alone: nothing is loaded or computed.
+
+    The text encoder is gone before the model comes (see sample.py), the VAE stays. Besides, a GPU's libraries take about 0.5 GiB.
+    """
+    name = str(dtype).removeprefix("torch.")
+    cfg = config.from_dict(config.to_dict(cfg), [f"text.dtype={name}", f"codec.dtype={name}"])
+    shape = VideoCodec(cfg.codec, weights=False).latent_shape(frames, height, width)  # [f c h w]
+    batch, sizes = 1 if guidance == 1 else 2, {}
+
+    def denoise():
+        model = Latte(cfg.model)
+        x, t = torch.zeros(batch, *shape), torch.zeros(batch)
+        text = torch.zeros(batch, cfg.text.max_tokens, cfg.model.text_channels)
+        cond = {"text": text} if cfg.model.conditioning == "text" else {}
+        return lambda: model(x, t, **cond), (model, x, t, text)
+
+    def decode():
+        codec = VideoCodec(cfg.codec, weights=False)
+        z = torch.zeros(1, *shape)
+        return lambda: codec.decode(z), (z, *([codec.vae] if codec.vae is not None else []))
+
+    def weights():
+        model, codec = Latte(cfg.model), VideoCodec(cfg.codec, weights=False)
+        sizes["latte"], sizes["vae"] = (sum(p.nbytes for p in m.parameters()) if m is not None else 0 for m in (model, codec.vae))
+        return lambda: None, ()
+
+    memory.peak(weights, dtype)
+    phases = {"text": weight_bytes(cfg.text) + sizes["vae"]} if cfg.model.conditioning == "text" else {}
+    return phases | {"denoising": memory.peak(denoise, dtype) + sizes["vae"],
+                     "decoding": memory.peak(decode, dtype) + sizes["latte"]}
+
+
+def configure(path: str, overrides: list[str] = ()) -> Config:
+    """The config that `load` would sample with, without loading any weights. ValueErrors as in `load`."""
+    if checkpoint.is_checkpoint(path):
+        return config.from_dict(config.to_dict(checkpoint.read(path).config), overrides)
+    place = published.local(path, PARTS)
+    return _published_config(place, published.read(place, weights=False), overrides)
+
+
+def _published_config(place: Path, found: published.Found, overrides: list[str]) -> Config:
+    """Those of a pipeline folder sample as the folder's own pipeline would.
 
     Weights without a pipeline around them take the VAE that their authors sampled with, and text encoder and tokenizer of Latte-1;
     codec.path and text.encoder change that.
     """
-    place = published.local(path, PARTS)
-    found = published.read(place)
     schedule = place / "scheduler" / "scheduler_config.json"
     if schedule.is_file():
         facts = json.loads(schedule.read_text())
@@ -184,14 +229,10 @@ def _published(path: str, overrides: list[str]) -> tuple[Config, Latte]:
         model=shape,
         text=TextConfig(encoder=str(place) if whole else "maxin-cn/Latte-1", subfolder="text_encoder", max_tokens=120),
         codec=CodecConfig(kind="autoencoder", path=str(place) if whole else "stabilityai/sd-vae-ft-ema",
-                          subfolder="vae" if whole else ""),
+                          subfolder="vae" if whole else "", chunk_frames=4),
         diffusion=DiffusionConfig(kind="ddpm", prediction="eps", loss="eps"),
         sampler=SamplerConfig(name="ddim", steps=50, guidance=7.5) if text else SamplerConfig(name="ddpm", steps=250, guidance=7.0),
         data=DataConfig(source="folder", path="-", layout="captions" if text else "classes"),
         stages=[StageConfig(frames=found.facts.get("video_length", published.PUBLISHED_FRAMES), height=side, width=side)],
         init=InitConfig(weights=str(place)))
-    cfg = config.from_dict(config.to_dict(cfg), overrides)
-    model = Latte(cfg.model)
-    for note in published.fill(model, found):
-        warnings.warn(f"{path}: {note}", stacklevel=3)
-    return cfg, model
+    return config.from_dict(config.to_dict(cfg), overrides)

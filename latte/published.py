@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -71,8 +71,8 @@ def load(path: str | os.PathLike, **changes) -> Latte:
     return model
 
 
-def read(path: str | os.PathLike) -> Found:
-    """Opens published weights without building a model. Raises ValueError as `load` does."""
+def read(path: str | os.PathLike, weights: bool = True) -> Found:
+    """Opens published weights without building a model; weights=False reads names and shapes alone. ValueErrors as in `load`."""
     place = local(str(path))
     facts = {}
     if place.is_dir():
@@ -80,9 +80,9 @@ def read(path: str | os.PathLike) -> Found:
         facts = _json(place / "config.json") if (place / "config.json").is_file() else {}
         state = {}
         for file in _weight_files(place):
-            state |= _tensors(file)
+            state |= _tensors(file, weights)
     else:
-        state = _tensors(place)
+        state = _tensors(place, weights)
     state = {key: value for key, value in state.items() if key not in IGNORED}
     return Found(str(path), _kind(str(path), state), state, facts)
 
@@ -147,8 +147,8 @@ def fill(model: Latte, found: Found) -> list[str]:
                              f"{list(own[name].shape)}")
         own[name].copy_(value)
     if any(name.startswith("temporal.") for name in fresh):
-        # Their gates come from the image model's modulation and are open, so their last layers start at zero: a clip is a
-        # row of independent images at first.
+        # Their gates come from the image model's modulation and are open, so their last layers start at zero: a single frame
+        # is the image model's picture at first. (A clip's frames differ from it by the positions in time that they get.)
         for block in model.temporal:
             for layer in (block.attn.out, block.mlp[2]):
                 nn.init.zeros_(layer.weight)
@@ -361,7 +361,7 @@ def local(path: str, patterns: Iterable[str] = ("transformer/*", "*.json")) -> P
         return Path(snapshot_download(path, allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:  # huggingface_hub's errors are OSErrors
         raise ValueError(f"{path}: neither a local path nor a hub id that can be downloaded "
-                         f"({str(error).strip().splitlines()[0]})") from None
+                         f"({_why(error)})") from None
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -373,17 +373,17 @@ def _weight_files(folder: Path) -> list[Path]:
     raise ValueError(f"{folder}: no weights here (*.safetensors, *.bin, *.pt)")
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file by name; of a .pt, those under "ema", else "model" or "state_dict", where it has such."""
+def _tensors(path: Path, weights: bool) -> dict[str, Tensor]:
+    """The tensors of one file by name, without `weights` on the meta device; of a .pt, those under "ema", else "model" or "state_dict", where it has such."""
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        read = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return load_file(path) if weights else _shapes(path)
+        read = torch.load(path, map_location="cpu" if weights else "meta", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: not opened, because it holds more than tensors and could run code "
-                         f"({str(error).splitlines()[0]})") from None
+                         f"({_why(error)})") from None
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, AssertionError) as error:
-        raise ValueError(f"{path}: damaged, or no file of weights ({str(error).strip().splitlines()[0]})") from None
+        raise ValueError(f"{path}: damaged, or no file of weights ({_why(error)})") from None
     for key in ("ema", "model", "state_dict"):
         if isinstance(read, dict) and isinstance(read.get(key), dict):
             read = read[key]
@@ -391,6 +391,11 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(read, dict) or not read or not all(isinstance(value, Tensor) for value in read.values()):
         raise ValueError(f"{path}: holds no dictionary of tensors, nor one under ema, model or state_dict")
     return {key.removeprefix("module."): value for key, value in read.items()}
+
+
+def _shapes(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, "pt") as file:
+        return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
 
 
 def _kind(path: str, state: dict[str, Tensor]) -> str:
@@ -422,6 +427,10 @@ def _check_table(path: str, key: str, table: Tensor, cfg: ModelConfig) -> None:
         expected = sincos(torch.arange(table.shape[1]), cfg.width)
     if table[0].shape != expected.shape or (table[0].double() - expected).abs().max() > 1e-3:
         raise ValueError(f"{path}: its {key} is not the sine-cosine table that this model computes")
+
+
+def _why(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _count(state: dict[str, Tensor], prefix: str) -> int:
@@ -464,7 +473,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.command == "show":
-            found = read(args.path)
+            found = read(args.path, weights=False)
             size = sum(value.numel() for value in found.state.values())
             print(json.dumps({"kind": found.kind, "tensors": len(found.state), "parameters": size,
                               "model": asdict(model_config(found))}, indent=1))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForTextEncoding, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, BitsAndBytesConfig
 
 from latte.config import TextConfig
 
@@ -93,6 +93,22 @@ class TextEncoder:
             while self._cached_bytes > self.cache_bytes and len(self._cache) > 1:
                 self._cached_bytes -= self._cache.pop(next(iter(self._cache))).nbytes  # the oldest
         return self._cache[caption]
+
+
+def weight_bytes(cfg: TextConfig) -> int:
+    """Memory of the encoder's weights on a device, from its config alone; the scales of quantized ones are about 1 % more."""
+    path = _minilm_folder() if cfg.encoder == "minilm" else cfg.encoder
+    subfolder = "text_encoder" if (Path(path) / "text_encoder").is_dir() else cfg.subfolder
+    try:
+        facts = AutoConfig.from_pretrained(path, subfolder=subfolder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"text.encoder: {cfg.encoder!r} has no config that transformers can read ({error})") from error
+    with torch.device("meta"):
+        model = AutoModelForTextEncoding.from_config(facts)
+    linear = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+    others = sum(p.numel() for p in model.parameters()) - linear
+    full = getattr(torch, cfg.dtype).itemsize
+    return round(linear * {"none": full, "8bit": 1, "4bit": 0.5}[cfg.quantize] + others * full)
 
 
 def _precision(cfg: TextConfig, device: str | torch.device) -> dict:

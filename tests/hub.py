@@ -6,7 +6,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, LattePipeline, LatteTransformer3DModel
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-WORDS = "a the small large red blue circle square star moves to left right up down dog runs on grass".split()
+WORDS = ("a", "the", "small", "large", "red", "blue", "circle", "square", "star", "moves", "to", "left", "right", "dog", "runs",
+         "on", "grass")
 SHAPE = dict(sample_size=8, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=3, caption_channels=32,
              in_channels=4, out_channels=8, cross_attention_dim=24, attention_bias=True, activation_fn="gelu-approximate",
              num_embeds_ada_norm=1000, norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6, video_length=5)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from latte import video
 from latte.config import DataConfig, StageConfig, WorldConfig
@@ -107,3 +108,84 @@ def test_a_csv_of_captions_and_an_empty_folder(tmp_path):
     clips = FolderClips(DataConfig(source="folder", path=str(tmp_path)), 0, stages)
     assert [clip.caption for clip in clips.clips] == ["a bar, moving"]
     assert [path.name for path in clips.dropped] == ["missing.mp4"]
+
+
+def numbered(folder, count, size=(40, 32), start=0):
+    """A folder of images whose brightness tells their number."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        Image.fromarray(np.full((size[1], size[0], 3), start + i, np.uint8)).save(folder / f"frame_{i}.png")
+
+
+def levels(frames):
+    return (frames.mean((1, 2, 3))).round().astype(int).tolist()
+
+
+def test_frame_folders_and_their_clip_rules(tmp_path):
+    numbered(tmp_path / "sky" / "long", 60)
+    numbered(tmp_path / "sky" / "short", 11)
+    stage = StageConfig(frames=4, height=16, width=16)
+    cfg = DataConfig(source="folder", path=str(tmp_path), layout="frames", clip_rule="stride", frame_interval=3)
+    clips = FolderClips(cfg, 0, [stage])
+    assert [source.path.name for source in clips.clips] == ["long"]
+    assert list(clips.dropped.values()) == ["11 frames long, the stages need 12"]
+    starts = set()
+    for position in range(20):
+        frames, text = clips.clip(position, stage, 8.0)
+        got = levels(frames)
+        assert np.diff(got).tolist() == [3, 3, 3] and text == ""  # frame_10 comes after frame_9
+        starts.add(got[0])
+    assert len(starts) > 8 and max(starts) <= 47
+    cfg = DataConfig(source="folder", path=str(tmp_path), layout="frames", clip_rule="linspace", frame_interval=3)
+    for position in range(20):
+        got = levels(FolderClips(cfg, 0, [stage]).clip(position, stage, 8.0)[0])
+        first = got[0]
+        assert got == [first + i for i in (0, 3, 7, 11)] or got == [0, 3, 6, 10]  # of the window's 12, or of all 11
+
+
+def test_class_folders_give_names_and_images_of_other_clips(tmp_path):
+    for name in ("Archery", "Biking"):
+        (tmp_path / name).mkdir()
+        moving_bar(tmp_path / name / "v_1.avi.mp4", 2, 24)
+    moving_bar(tmp_path / "stray.mp4", 2, 24)
+    cfg = DataConfig(source="folder", path=str(tmp_path), layout="classes", clip_rule="linspace", caption_dropout=0.0)
+    stages = [StageConfig(steps=2, frames=4, height=32, width=32, batch_size=2, image_frames=3)]
+    clips = FolderClips(cfg, 0, stages)
+    assert clips.classes == ["Archery", "Biking"] and [p.name for p in clips.dropped] == ["stray.mp4"]
+    first, second = batches(cfg, stages)
+    assert first.frames.shape == (2, 7, 3, 32, 32)
+    assert all(len(row) == 4 and set(row) <= {"Archery", "Biking"} for row in first.captions + second.captions)
+    assert {row[0] for row in first.captions} == {"Archery", "Biking"}
+    again = batches(cfg, stages, start_step=1)[0]
+    assert torch.equal(again.frames, second.frames) and again.captions == second.captions
+
+
+def test_half_of_the_clips_are_mirrored(tmp_path):
+    image = np.zeros((16, 16, 3), np.uint8)
+    image[:, :4] = 255
+    (tmp_path / "a").mkdir()
+    for i in range(4):
+        Image.fromarray(image).save(tmp_path / "a" / f"{i}.png")
+    stage = StageConfig(frames=2, height=16, width=16)
+    for flip, share in ((False, 0.0), (True, 0.5)):
+        cfg = DataConfig(source="folder", path=str(tmp_path), layout="frames", clip_rule="linspace", frame_interval=2, flip=flip)
+        clips = FolderClips(cfg, 0, [stage])
+        right = [clips.clip(position, stage, 8.0)[0][0, 0, -1, 0] == 255 for position in range(100)]
+        assert np.mean(right) == pytest.approx(share, abs=0.15)
+
+
+def test_images_of_the_world_join_its_clips():
+    stages = [StageConfig(steps=1, frames=4, height=16, width=16, batch_size=2, image_frames=2)]
+    batch = batches(WORLD, stages)[0]
+    assert batch.frames.shape == (2, 6, 3, 16, 16) and [len(row) for row in batch.captions] == [3, 3]
+    assert not torch.equal(batch.frames[:, 4], batch.frames[:, 5])
+
+
+def test_wordings_limit_the_captions_but_not_the_positions():
+    stages = [StageConfig(steps=40, frames=1, height=16, width=16, batch_size=50)]
+    world = WorldConfig(min_objects=1, max_objects=1, motions=["still"], visibility=False, growth=False, cameras=["static"])
+    got = batches(DataConfig(wordings=2, caption_dropout=0.0, world=world), stages)
+    captions = {caption for batch in got for [caption] in batch.captions}
+    assert len(captions) <= 2 * 6 * 8 * 3
+    frames = torch.cat([batch.frames for batch in got])
+    assert len(torch.unique(frames.flatten(1), dim=0)) > 1900

@@ -102,8 +102,9 @@ def test_data_tools_stand_apart():
 
 @pytest.mark.parametrize(("libraries", "modules"), [
     (["yaml", "omegaconf"], {"latte.config"}),
-    (["diffusers"], {"latte.codec", "latte.published", "latte.model"}),
-    (["transformers"], {"latte.text", "latte.published"}),
+    (["diffusers"], {"latte.codec", "latte.published", "latte.text"}),
+    (["transformers"], {"latte.text"}),
+    (["peft"], {"latte.lora"}),
     (["xformers", "flash_attn"], {"latte.attention"}),
     (["wandb", "tensorboard"], {"latte.runlog"}),
     (["av"], {"latte.video"}),

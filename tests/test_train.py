@@ -8,13 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 import train
-from latte import checkpoint, config
+from latte import checkpoint, config, pipeline, video
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"
@@ -197,3 +198,43 @@ def test_mistakes_give_one_clear_error(tmp_path, capsys, overrides, named):
     assert train.main([str(TINY), *SHORT, f"run={tmp_path / 'run'}", *filled]) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and named in errors[0]
+
+
+def test_the_class_family_trains_on_class_folders_with_images_and_samples_by_name(tmp_path):
+    """A stand-in of UCF101: two classes, joint images, a learned variance, sampled by 250-step DDPM's sampler."""
+    for level, name in ((40, "Archery"), (200, "Biking")):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(2):
+            video.write(tmp_path / "data" / name / f"v_{i}.mp4", np.full((24, 16, 16, 3), level, np.uint8), 24)
+    path = tmp_path / "ucf.yaml"
+    path.write_text(f"""
+run: {tmp_path / "run"}
+model: {{in_channels: 3, out_channels: 6, patch_size: 8, layers: 1, heads: 2, head_dim: 8, conditioning: class, classes: 2,
+        modulation: block, sample_size: 16, temporal_spacing: frame}}
+diffusion: {{kind: ddpm, prediction: eps, loss: eps}}
+sampler: {{name: ddpm, steps: 4, guidance: 7}}
+data: {{source: folder, path: {tmp_path / "data"}, layout: classes, clip_rule: linspace, flip: true}}
+stages:
+  - {{steps: 3, frames: 4, height: 16, width: 16, batch_size: 4, image_frames: 2}}
+optim: {{learning_rate: 1.0e-3, warmup_steps: 0, grad_clip: 0.1, clip_from_step: 2}}
+train: {{log_every_steps: 1, micro_batches: 2}}
+preview: {{count: 1}}
+""")
+    assert train.main([str(path)]) == 0
+    found = checkpoint.read(tmp_path / "run")
+    assert found.config.data.class_names == ["Archery", "Biking"]
+    pipe = pipeline.load(str(tmp_path / "run"))
+    named, numbered = pipe(["Biking"], [1], 4, 16, 16), pipe(["1"], [1], 4, 16, 16)
+    assert np.array_equal(named, numbered)
+    with pytest.raises(ValueError, match="'Swimming' is no class of this model.*0 to 1.*Archery"):
+        pipe(["Swimming"], [1], 4, 16, 16)
+    assert train.main([str(path), "model.classes=3", f"run={tmp_path / 'other'}"]) == 1
+
+
+def test_unconditional_video_trains_without_captions(tmp_path):
+    (tmp_path / "data").mkdir()
+    video.write(tmp_path / "data" / "face.mp4", np.full((60, 16, 16, 3), 90, np.uint8), 24)
+    changes = ["data.source=folder", f"data.path={tmp_path / 'data'}", "data.layout=videos", "data.clip_rule=linspace"]
+    cfg = config.load(TINY, [*changes, f"run={tmp_path / 'run'}", "model.conditioning=none", "model.modulation=block"])
+    assert train.train(cfg) == 0
+    assert pipeline.load(str(tmp_path / "run"))([""], [0], 4, 32, 32).shape == (1, 4, 32, 32, 3)
