@@ -374,7 +374,10 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _tensors(path: Path, weights: bool) -> dict[str, Tensor]:
-    """The tensors of one file by name, without `weights` on the meta device; of a .pt, those under "ema", else "model" or "state_dict", where it has such."""
+    """The tensors of one file by name, without `weights` on the meta device.
+
+    Of a .pt, those under "ema", else "model" or "state_dict", where it has such.
+    """
     try:
         if path.suffix == ".safetensors":
             return load_file(path) if weights else _shapes(path)
