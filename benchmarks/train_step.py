@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 
 import torch
-from torch.utils.checkpoint import checkpoint as recompute
 
 from latte import checkpoint
 from latte.config import ModelConfig, OptimConfig
+from latte.memory import checkpoint_blocks
 from latte.model import Latte, flops
 from latte.optim import EMA, make_optimizer
 
@@ -51,10 +51,10 @@ def main() -> int:
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.02)
     optimizer, ema = make_optimizer(model, OptimConfig()), EMA(model, 0.999)
-    for block in [*model.spatial, *model.temporal]:
-        if args.checkpointing:
-            block.forward = lambda *a, forward=block.forward, **k: recompute(forward, *a, use_reentrant=False, **k)
-        if args.compile:
+    if args.checkpointing:
+        checkpoint_blocks(model)
+    if args.compile:
+        for block in [*model.spatial, *model.temporal]:
             block.compile()
     side = args.size // 8
     x = torch.randn(args.batch, args.frames, cfg.in_channels, side, side, device=device)

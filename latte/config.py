@@ -206,7 +206,8 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     warmup_steps: int = 100
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  # after warm-up, over the steps of all stages
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"  # after warm-up, over the steps of all stages
+    decay_share: float = 0.2  # wsd: constant until this last share of the steps, then linear to 0
     grad_clip: float = 1.0  # largest global L2 norm of the gradient; 0 = never clip
     clip_from_step: int = 0  # updates before this one are not clipped
     ema_decay: float = 0.999  # reached gradually: the decay of update n is at most (1 + n) / (10 + n)
@@ -217,6 +218,7 @@ class OptimConfig:
                  f"needs two numbers in [0, 1), got {self.betas}")
         _require(self.warmup_steps >= 0, "optim.warmup_steps", f"must be at least 0, got {self.warmup_steps}")
         _require(self.clip_from_step >= 0, "optim.clip_from_step", f"must be at least 0, got {self.clip_from_step}")
+        _require(0 < self.decay_share <= 1, "optim.decay_share", f"must be in (0, 1], got {self.decay_share}")
         _require(self.grad_clip >= 0, "optim.grad_clip", f"must be at least 0, got {self.grad_clip}")
         _require(0 <= self.ema_decay < 1, "optim.ema_decay", f"must be in [0, 1), got {self.ema_decay}")
 

@@ -18,11 +18,13 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
 
 
 def lr_at(step: int, cfg: OptimConfig, total_steps: int) -> float:
-    """Learning rate of update `step` (from 0): linear warm-up, then constant, linear to 0 or half a cosine to 0."""
+    """Learning rate of update `step` (from 0): linear warm-up, then constant, linear to 0, half a cosine to 0, or constant with
+    a linear end (warm-up, stable, decay: Hu et al., arXiv 2404.06395)."""
     if step < cfg.warmup_steps:
         return cfg.learning_rate * (step + 1) / cfg.warmup_steps
     done = (step - cfg.warmup_steps) / max(1, total_steps - cfg.warmup_steps)
-    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+             "wsd": min(1.0, (1 - step / total_steps) / cfg.decay_share)}
     return cfg.learning_rate * max(shape[cfg.schedule], 0.0)
 
 

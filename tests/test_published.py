@@ -1,5 +1,6 @@
 """Published weights in and out: every format read, the reference's numbers, and nothing that can run code."""
 
+import importlib.util
 import json
 import os
 import pickle
@@ -15,12 +16,14 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDIMScheduler, LattePipeline, LatteTransformer3DModel, PixArtTransformer2DModel
 from safetensors.torch import save_file
+from transformers import T5Config
 
 import sample
 import train
-from latte import checkpoint, config, diffusion, lora, pipeline, published, sampler
+from latte import checkpoint, config, diffusion, lora, memory, pipeline, published, sampler
 from latte.config import DiffusionConfig, InitConfig, ModelConfig, SamplerConfig
 from latte.model import Latte, frame_times
+from latte.text import TextEncoder
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -305,6 +308,26 @@ def test_what_the_format_cannot_hold_is_said(tmp_path, changes, diffusion_cfg, m
     assert not list(tmp_path.iterdir())
 
 
+def test_uploading_happens_when_asked_for(recipe, latte_folder, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    class Api:
+        def create_repo(self, repo, exist_ok):
+            calls.append(("create", repo, exist_ok))
+
+        def upload_folder(self, folder_path, repo_id):
+            calls.append(("upload", folder_path.name, repo_id))
+            return f"hub/{repo_id}"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    cfg = config.load(recipe)
+    weights = dict(published.load(latte_folder).named_parameters())
+    checkpoint.write(tmp_path / "mine", 1, cfg, {"ema.safetensors": weights})
+    assert published.main(["export", str(tmp_path / "mine"), str(tmp_path / "out")]) == 0 and not calls
+    assert published.main(["export", str(tmp_path / "mine"), str(tmp_path / "out"), "--push", "me/mine"]) == 0
+    assert calls == [("create", "me/mine", True), ("upload", "out", "me/mine")] and "hub/me/mine" in capsys.readouterr().out
+
+
 # ---- longer clips ----
 
 
@@ -331,6 +354,15 @@ def test_a_16_frame_clip_is_unchanged_by_the_extension(spacing):
     with torch.no_grad():
         assert_same(model(x, t, text, frame_times=frame_times(model.cfg, 16, 1.0)), call(theirs, x, t, text))
         assert model(random(1, 128, 4, 8, 8), t, text, frame_times=frame_times(model.cfg, 128, 1.0)).isfinite().all()
+
+
+def test_rotary_positions_start_anew_from_published_weights(latte_folder):
+    model = published.load(latte_folder, temporal_positions="rope")
+    x, t, text = random(1, 9, 4, 8, 8), torch.tensor([5]), random(1, 7, 32)
+    with torch.no_grad():
+        moved = model(x, t, text, frame_times=torch.arange(9) + 100)
+        torch.testing.assert_close(model(x, t, text), moved, rtol=0, atol=1e-4)  # only differences of time count
+        assert_same(model(x[:, :1], t, text), published.load(latte_folder)(x[:, :1], t, text))  # an image stays what it was
 
 
 # ---- fine-tuning ----
@@ -429,3 +461,70 @@ def test_weights_that_do_not_fit_the_config_are_named(recipe, tmp_path):
     cfg = config.load(recipe, [f"run={tmp_path / 'run'}", "model.layers=3"])
     with pytest.raises(ValueError, match=r"init\.weights: .*missing: .*transformer_blocks\.2"):
         train.train(cfg)
+
+
+# ---- memory ----
+
+
+def test_the_sampling_plan_of_latte_1_fits_12_gb(tmp_path):
+    """From full-size configs alone: T5-XXL in 8 bit, Latte-1 and the VAE in bfloat16, 16 frames of 512x512 with guidance."""
+    (tmp_path / "text_encoder").mkdir()
+    T5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu", vocab_size=32128,
+             architectures=["T5EncoderModel"]).save_pretrained(tmp_path / "text_encoder")
+    vae = {"_class_name": "AutoencoderKL", "latent_channels": 4, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
+           "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "norm_num_groups": 32}
+    (tmp_path / "config.json").write_text(json.dumps(vae))
+    cfg = config.from_dict({"text": {"encoder": str(tmp_path), "max_tokens": 120, "quantize": "8bit"},
+                            "codec": {"kind": "autoencoder", "path": str(tmp_path), "chunk_frames": 4},
+                            "diffusion": {"kind": "ddpm", "prediction": "eps", "loss": "eps"}})
+    peaks = pipeline.plan(cfg, 16, 512, 512, 7.5, torch.bfloat16)
+    assert set(peaks) == {"text", "denoising", "decoding"}
+    assert 4.7e9 < peaks["text"] < 5.5e9  # 4.76 G parameters of one byte, and the VAE
+    assert 2.1e9 < peaks["denoising"] < 5e9 and 2.3e9 < peaks["decoding"] < 12e9
+    assert max(peaks.values()) < 11.5e9  # leaves half a GB to a GPU's libraries
+
+
+def test_the_plan_counts_what_a_real_pass_holds(latte_folder, capsys):
+    """The fake pass against torch's own count of what a real one allocates, on a model that is mostly activations."""
+    cfg = ModelConfig(layers=1, heads=4, head_dim=16, text_channels=8)
+    x, t, text = torch.randn(2, 8, 4, 32, 32), torch.zeros(2), torch.randn(2, 5, 8)
+
+    def make():
+        model = Latte(cfg)
+        fake = [torch.zeros(value.shape) for value in (x, t, text)]
+        return lambda: model(*fake), (model, *fake)
+
+    real = Latte(cfg)
+    held = sum(p.nbytes for p in real.parameters()) + sum(value.nbytes for value in (x, t, text))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile, torch.no_grad():
+        real(x, t, text)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    most = max(np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]))
+    assert memory.peak(make, torch.float32) == pytest.approx(held + most, rel=0.05)
+    assert sample.main([str(latte_folder), "--prompt", "a dog", "--dry-run"]) == 0
+    assert "denoising" in capsys.readouterr().out
+
+
+def test_the_text_encoder_goes_before_the_frames_come(latte_folder):
+    pipe = pipeline.load(str(latte_folder), overrides=["sampler.steps=1"])
+    pipe.condition(["a dog"])
+    pipe.text.release()
+    assert pipe(["a dog"], [0], 5, 64, 64).shape == (1, 5, 64, 64, 3)
+    with pytest.raises(ValueError, match="released before 'a star' was encoded"):
+        pipe(["a star"], [0], 5, 64, 64)
+
+
+@pytest.mark.parametrize("kind, wanted", [("8bit", {"load_in_8bit": True}),
+                                          ("4bit", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})])
+def test_quantized_encoders_are_asked_of_bitsandbytes(latte_folder, monkeypatch, kind, wanted):
+    cfg = config.TextConfig(encoder=str(latte_folder), quantize=kind)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(ValueError, match=r"text\.quantize: .*bitsandbytes, which is not installed"):
+            TextEncoder(cfg)
+    asked = {}
+    monkeypatch.setattr("latte.text.find_spec", lambda name: True)
+    monkeypatch.setattr("latte.text.AutoModelForTextEncoding.from_pretrained", lambda *a, **k: asked.update(k) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        TextEncoder(cfg, "cuda:0")
+    settings = asked["quantization_config"].to_dict()
+    assert {key: settings[key] for key in wanted} == wanted and asked["device_map"] == {"": "cuda:0"}
