@@ -80,7 +80,7 @@ class FolderClips:
     captions  videos anywhere below, `name.txt` beside `name.mp4`, or captions.csv with columns file and caption
     videos    videos anywhere below, without captions (FaceForensics)
     classes   a folder for each class with its videos below; the class's name is the caption (UCF101)
-    frames    folders of images, each one clip, in the order of the last number in their names (SkyTimelapse, Taichi-HD)
+    frames    folders of images, each one clip at base_fps, in the order of the last number in their names (SkyTimelapse, Taichi-HD)
 
     data.clip_rule says which frames make a clip of n:
 

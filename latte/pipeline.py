@@ -177,7 +177,7 @@ def plan(cfg: Config, frames: int, height: int, width: int, guidance: float, dty
     name = str(dtype).removeprefix("torch.")
     cfg = config.from_dict(config.to_dict(cfg), [f"text.dtype={name}", f"codec.dtype={name}"])
     shape = VideoCodec(cfg.codec, weights=False).latent_shape(frames, height, width)  # [f c h w]
-    batch, sizes = 1 if guidance == 1 else 2, {}
+    batch = 1 if guidance == 1 else 2
 
     def denoise():
         model = Latte(cfg.model)
@@ -191,12 +191,10 @@ def plan(cfg: Config, frames: int, height: int, width: int, guidance: float, dty
         z = torch.zeros(1, *shape)
         return lambda: codec.decode(z), (z, *([codec.vae] if codec.vae is not None else []))
 
-    def weights():
-        model, codec = Latte(cfg.model), VideoCodec(cfg.codec, weights=False)
-        sizes["latte"], sizes["vae"] = (sum(p.nbytes for p in m.parameters()) if m is not None else 0 for m in (model, codec.vae))
-        return lambda: None, ()
-
-    memory.peak(weights, dtype)
+    with torch.device("meta"):
+        parts = {"latte": Latte(cfg.model), "vae": VideoCodec(cfg.codec, weights=False).vae}
+    sizes = {part: dtype.itemsize * sum(p.numel() for p in module.parameters()) if module is not None else 0
+             for part, module in parts.items()}
     phases = {"text": weight_bytes(cfg.text) + sizes["vae"]} if cfg.model.conditioning == "text" else {}
     return phases | {"denoising": memory.peak(denoise, dtype) + sizes["vae"],
                      "decoding": memory.peak(decode, dtype) + sizes["latte"]}

@@ -354,7 +354,7 @@ def local(path: str, patterns: Iterable[str] = ("transformer/*", "*.json")) -> P
     if Path(path).exists():
         return Path(path)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith(".") or Path(path).suffix in (".pt", ".pth", ".safetensors"):
-        raise ValueError(f"{path}: no such file or folder, and not a hub id (owner/name)")
+        raise ValueError(f"{path}: no such file or folder; expected a checkpoint, published weights or a hub id (owner/name)")
     from huggingface_hub import snapshot_download
 
     try:

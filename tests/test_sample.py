@@ -116,4 +116,4 @@ def test_an_unknown_path_ends_the_program_with_1(tmp_path):
     command = [sys.executable, "sample.py", str(tmp_path / "none"), "--prompt", "a"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith(f"error: {tmp_path / 'none'}: no checkpoint here")
+    assert done.stderr.strip().splitlines()[-1].startswith(f"error: {tmp_path / 'none'}: no such file or folder")
