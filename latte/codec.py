@@ -55,9 +55,9 @@ class VideoCodec:
         self.channels, self.factor, self.time_factor = 3, 1, 1
         if cfg.kind == "pixels":
             return
-        self.vae = _load_vae(cfg, weights).eval().requires_grad_(False)
+        self.vae = _load_vae(cfg, weights).eval()
         if weights:
-            self.vae.to(device)
+            self.vae.requires_grad_(False).to(device)
         config, facts = self.vae.config, vars(self.vae)  # each class of VAE has its own names for the same few numbers
         self.channels = _first(config.get("latent_channels"), config.get("z_dim"))
         self.factor = facts.get("spatial_compression_ratio") or 2 ** (len(config["block_out_channels"]) - 1)

@@ -188,7 +188,10 @@ def plan(cfg: Config, frames: int, height: int, width: int, guidance: float, dty
 
     def decode():
         codec = VideoCodec(cfg.codec, weights=False)
-        z = torch.zeros(1, *shape)
+        f, c, *sides = shape
+        f = min(f, cfg.codec.chunk_frames) if codec.time_factor == 1 else f
+        h, w = (min(side, cfg.codec.tile_size // codec.factor or side) for side in sides)
+        z = torch.zeros(1, f, c, h, w)  # one chunk of one tile: they follow one another
         return lambda: codec.decode(z), (z, *([codec.vae] if codec.vae is not None else []))
 
     with torch.device("meta"):
@@ -196,8 +199,9 @@ def plan(cfg: Config, frames: int, height: int, width: int, guidance: float, dty
     sizes = {part: dtype.itemsize * sum(p.numel() for p in module.parameters()) if module is not None else 0
              for part, module in parts.items()}
     phases = {"text": weight_bytes(cfg.text) + sizes["vae"]} if cfg.model.conditioning == "text" else {}
+    pixels = 2 * 4 * 3 * frames * height * width  # of the whole clip in float32, in pieces and joined
     return phases | {"denoising": memory.peak(denoise, dtype) + sizes["vae"],
-                     "decoding": memory.peak(decode, dtype) + sizes["latte"]}
+                     "decoding": memory.peak(decode, dtype) + sizes["latte"] + pixels}
 
 
 def configure(path: str, overrides: list[str] = ()) -> Config:
