@@ -11,7 +11,7 @@ STAMP := .venv/installed
 venv: $(STAMP)
 
 demo: $(STAMP)  ## make demo PROMPT="..." draws another
-	$(BIN)/python sample.py runs/shapes-cpu/checkpoint --prompt "$$PROMPT" --out out/demo.mp4 --scale 4
+	$(BIN)/python sample.py runs/shapes-cpu/checkpoint --prompt "$$PROMPT" --out out/demo.mp4 --scale 8
 
 # Single-threaded kernels and two workers: quicker than the reverse for many small tests, and sums keep one order.
 test: $(STAMP)
