@@ -235,8 +235,13 @@ def test_damaged_and_strange_files_are_named(latte_folder, tmp_path):
 # ---- sampling as diffusers does ----
 
 
-def test_50_ddim_steps_with_guidance_end_in_the_latents_of_the_pipeline(latte_folder):
-    pipe, mine = LattePipeline.from_pretrained(latte_folder), published.load(latte_folder)
+@pytest.mark.parametrize("exported", [False, True], ids=["published", "exported"])
+def test_50_ddim_steps_with_guidance_end_in_the_latents_of_the_pipeline(latte_folder, tmp_path, exported):
+    mine = published.load(latte_folder)
+    if exported:
+        mine = hub.randomise(mine, seed=9)
+        latte_folder = published.export(mine, tmp_path / "mine", frames=5, base=str(latte_folder))
+    pipe = LattePipeline.from_pretrained(latte_folder)
     pipe.set_progress_bar_config(disable=True)
     text, null = random(2, 9, 32, seed=1), random(2, 9, 32, seed=2)
     noise = random(2, 4, 5, 8, 8, seed=3)
