@@ -93,7 +93,8 @@ def merge(model: Latte, folder: str | os.PathLike, scale: float = 1.0) -> None:
                 raise ValueError(f"{folder}: {pair[0]} is for {list(change.shape)}, the model's weight is {list(weight.shape)}")
             parts.append(factor * change)
             used |= set(pair)
-        own[name] += torch.cat(parts).to(own[name])
+        if used & {f"{key.removesuffix('.weight')}.lora_A.weight" for key in keys}:
+            own[name] += torch.cat(parts).to(own[name])
     if set(found) - used or not used:
         raise ValueError(f"{folder}: does not fit this model; left over: {', '.join(sorted(set(found) - used)[:6]) or 'none'}, "
                          f"used: {len(used)} tensors")

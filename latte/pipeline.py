@@ -127,10 +127,9 @@ def build(cfg: Config) -> tuple[Latte, list[str]]:
     """
     model, notes = Latte(cfg.model), []
     if cfg.init.weights:
-        place = Path(cfg.init.weights)
         try:
-            if place.is_dir() and ((place / "state.json").is_file() or checkpoint.latest(place)):
-                checkpoint.load_weights(model, checkpoint.read(place))
+            if checkpoint.is_checkpoint(cfg.init.weights):
+                checkpoint.load_weights(model, checkpoint.read(cfg.init.weights))
             else:
                 notes = published.fill(model, published.read(cfg.init.weights))
         except ValueError as error:
@@ -172,12 +171,13 @@ def load(path: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
 def plan(cfg: Config, frames: int, height: int, width: int, guidance: float, dtype: torch.dtype) -> dict[str, int]:
     """Peak bytes of each phase of sampling one clip, from the configs alone: nothing is loaded or computed.
 
-    The text encoder is gone before the model comes (see sample.py), the VAE stays. Besides, a GPU's libraries take about 0.5 GiB.
+    The text encoder, of which the weights alone are counted, is gone before the model comes (see sample.py); the VAE stays.
+    What a GPU's libraries take comes on top.
     """
     name = str(dtype).removeprefix("torch.")
     cfg = config.from_dict(config.to_dict(cfg), [f"text.dtype={name}", f"codec.dtype={name}"])
     shape = VideoCodec(cfg.codec, weights=False).latent_shape(frames, height, width)  # [f c h w]
-    batch = 1 if guidance == 1 else 2
+    batch = 1 if guidance == 1 or cfg.model.conditioning == "none" else 2
 
     def denoise():
         model = Latte(cfg.model)
@@ -213,7 +213,7 @@ def configure(path: str, overrides: list[str] = ()) -> Config:
 
 
 def _published_config(place: Path, found: published.Found, overrides: list[str]) -> Config:
-    """Those of a pipeline folder sample as the folder's own pipeline would.
+    """A config that samples published weights: those of a pipeline folder as the folder's own pipeline would.
 
     Weights without a pipeline around them take the VAE that their authors sampled with, and text encoder and tokenizer of Latte-1;
     codec.path and text.encoder change that.
