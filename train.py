@@ -8,18 +8,22 @@ Letters: b batch, f frames, c channels, h w height and width, l text tokens, d w
 import argparse
 import contextlib
 import copy
+import shutil
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 
-from latte import checkpoint, config, diffusion, keyed, lora, memory, pipeline, video
+from latte import cached, checkpoint, config, diffusion, keyed, lora, memory, parallel, pipeline, video
 from latte.codec import VideoCodec
-from latte.data import Batch, FolderClips, make_loader, open_clips
+from latte.data import Batch, make_loader, open_clips, table
+from latte.guard import Guard
+from latte.health import Step, Window, by_group
 from latte.model import Latte, flops, frame_times
 from latte.optim import EMA, lr_at, make_optimizer
 from latte.runlog import RunLog
@@ -28,91 +32,121 @@ from latte.world.caption import caption
 from latte.world.judge import judge
 from latte.world.scene import sample_scene
 
-INTERRUPTED = 130  # exit code after a signal: the state was saved, run the same command again
+SAVED = 75  # exit code after SIGTERM or SIGUSR1: EX_TEMPFAIL, try again. Slurm can requeue on it, torchrun restarts on any but 0
+INTERRUPTED = 130  # exit code after SIGINT; the state was saved as well
 
 
 def train(cfg: config.Config) -> int:
     """Runs or resumes the training that `cfg` describes. Returns the exit code; raises ValueError or OSError with the cause."""
     precision = "no" if cfg.train.mixed_precision == "fp32" else cfg.train.mixed_precision  # accelerate's word for it
     accelerator = Accelerator(mixed_precision=precision, log_with=cfg.train.trackers or None, project_dir=cfg.run)
+    with checkpoint.lock(cfg.run) if accelerator.is_main_process else contextlib.nullcontext():
+        return _train(cfg, accelerator)
+
+
+def _train(cfg: config.Config, accelerator: Accelerator) -> int:
     device, rank, ranks = accelerator.device, accelerator.process_index, accelerator.num_processes
-
+    if cfg.train.deterministic:
+        parallel.make_deterministic(device)
     clips = open_clips(cfg.data, cfg.seed, cfg.stages)
-    text = TextEncoder(cfg.text, device) if cfg.model.conditioning == "text" else None
-    codec = VideoCodec(cfg.codec, device)
-    _check_fit(cfg, clips, text, codec)
+    buckets = table(clips, cfg.stages)
+    text, codec = _components(cfg, device)
+    _check_fit(cfg, clips, text, codec, ranks)
+    needs = _check_room(cfg, codec, device, ranks)
     torch.manual_seed(cfg.seed)  # initial weights only; training draws keyed numbers
-    model, notes = pipeline.build(cfg)
-    model.to(device)
-    optimizer, ema = make_optimizer(model, cfg.optim), EMA(model, cfg.optim.ema_decay)
+    raw, notes = pipeline.build(cfg)
+    raw.to(device)
+    raw_optimizer, ema = make_optimizer(raw, cfg.optim), EMA(raw, cfg.optim.ema_decay)
 
-    start, changed = 0, []
-    if checkpoint.latest(cfg.run):
-        found = checkpoint.read(cfg.run)
-        start = checkpoint.load(found, model, ema, optimizer)
+    found, wrong = checkpoint.newest_good(cfg.run)
+    start, guard, changed = 0, Guard(cfg.guard), []
+    if found:
+        start = checkpoint.load(found, raw, ema, raw_optimizer)
+        guard = Guard(cfg.guard, found.guard)
         before, now = config.to_dict(found.config), config.to_dict(cfg)
-        changed = [key for key in now if key not in ("run", "train", "preview") and now[key] != before[key]]
-    raw, raw_optimizer = model, optimizer
+        changed = [key for key in now if key not in ("run", "train", "preview") and now[key] != before.get(key)]
     if cfg.train.checkpoint_blocks:
         memory.checkpoint_blocks(raw)
     if cfg.train.compile:
         for block in [*raw.spatial, *raw.temporal]:
             block.compile()
-    model, optimizer = accelerator.prepare(model, optimizer)
+    if cfg.train.deterministic:  # its gradients are added up by FixedOrder, not by DDP
+        model, optimizer = raw, accelerator.prepare(raw_optimizer)
+    else:
+        model, optimizer = accelerator.prepare(raw, raw_optimizer)
+    run = _Run(cfg, accelerator, raw, model, optimizer, ema, text, codec, guard)
+    writer = checkpoint.Writer(cfg.run, cfg.train.keep_checkpoints, cfg.train.keep_every_steps) if rank == 0 else None
 
     with contextlib.closing(RunLog(cfg, accelerator, start)) as log:
         log.say(f"{cfg.run}: from update {start} to {cfg.total_steps} on {ranks} process(es), {device.type}")
+        for why in wrong:
+            log.event("checkpoint", start, f"passed over a damaged checkpoint: {why}")
         for note in notes if start == 0 else []:
             log.say(note)
         if changed:
             log.say(f"warning: not the settings that this run began with: {', '.join(changed)}")
-        if isinstance(clips, FolderClips):
-            log.say(f"{len(clips.clips)} clips" + "".join(f"\nleft out {path}: {why}" for path, why in clips.dropped.items()))
+        log.say(buckets)
+        for name, why in clips.dropped.items():
+            log.say(f"left out {name}: {why}")
+        log.say(needs)
         stop = _Stop()
-        window = _Window(device)
+        window = Window(device, memory.peak_flops(device, run.dtype))
+        saved_at = time.monotonic()
 
-        for batch in make_loader(clips, cfg.data, cfg.stages, cfg.seed, start, rank, ranks):
-            window.waited()
-            stage, step = cfg.stages[batch.stage], batch.step
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, cfg.optim, cfg.total_steps)
-            for index, part in enumerate(_split(batch, cfg.train.micro_batches)):
-                last = index == cfg.train.micro_batches - 1
-                with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                    losses = _losses(part, cfg, model, text, codec, device)
-                    # the sum over all parts and processes is the mean over the batch: DDP averages, so ranks multiply
-                    accelerator.backward(losses.sum() * (ranks / stage.batch_size))
-                    window.loss += losses.detach().sum() * (ranks / stage.batch_size)
-            clipped = cfg.optim.grad_clip and step >= cfg.optim.clip_from_step
-            norm = accelerator.clip_grad_norm_(model.parameters(), cfg.optim.grad_clip if clipped else float("inf"))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if not accelerator.optimizer_step_was_skipped:
-                ema.update(raw, step)
-            window.count(stage.batch_size, stage.batch_size * stage.frames)
-            log.step(batch.stage)
+        while start < cfg.total_steps:
+            pending, back = None, None
+            for batch in make_loader(clips, cfg.data, cfg.stages, cfg.seed, start, rank, ranks):
+                window.waited()
+                step, done = batch.step, batch.step + 1
+                final = done == cfg.total_steps
+                for note in batch.notes:
+                    log.event("clip", done, note)
+                report = final or done == 1 or done % cfg.train.log_every_steps == 0
+                if step in run.guard.left_out:
+                    log.event("left out", done, f"update {done} is left out: a spike came of it before")
+                    launched = None
+                else:
+                    launched = run.update(batch, report, window)
+                log.step(batch.stage)
+                if writer:
+                    writer.check()
 
-            done, final = step + 1, step + 1 == cfg.total_steps
-            signalled = _anywhere(stop.signalled, accelerator)
-            save = final or signalled or done % cfg.train.save_every_steps == 0 or cfg.stage_at(done) != batch.stage
-            if save or done == 1 or done % cfg.train.log_every_steps == 0:
-                values = window.close(accelerator)
-                if not np.isfinite(values["loss"]):
-                    raise ValueError(f"the loss is {values['loss']} at update {done}; {cfg.run} keeps the checkpoints before it")
-                log.metrics(done, {"stage": batch.stage, **values, "grad_norm": norm.item(), "lr": group["lr"]})
-            if save:
-                if accelerator.is_main_process:
-                    checkpoint.save(cfg.run, done, cfg, raw, ema, raw_optimizer, cfg.train.keep_checkpoints)
-                accelerator.wait_for_everyone()
-            if cfg.preview.count and (final or (cfg.preview.every_steps and done % cfg.preview.every_steps == 0)):
-                if accelerator.is_main_process:
-                    log.metrics(done, preview(cfg, raw, ema, text, codec, device, done, batch.stage, log))
-                accelerator.wait_for_everyone()
-            if signalled and not final:
-                log.say(f"interrupted after update {done}; saved, the same command goes on from there")
-                return INTERRUPTED
+                # What came of the update before is read only now, when the device has the next one to do.
+                back = run.settle(pending, log)
+                due = rank == 0 and 0 < cfg.train.save_every_minutes * 60 <= time.monotonic() - saved_at
+                signalled, due = run.agree(bool(stop.number), due)
+                at_save = done % cfg.train.save_every_steps == 0 or cfg.stage_at(done) != batch.stage
+                save = final or signalled or due or at_save
+                pending = launched
+                if back is None and (save or report):
+                    back, pending = run.settle(pending, log), None
+                if back is not None:
+                    break
+                if save or report:
+                    log.metrics(done, {"stage": batch.stage, **window.close(ranks, writer.waited if writer else 0.0), **run.last})
+                if save:
+                    saved_at = time.monotonic()
+                    if writer:
+                        writer.save(done, cfg, raw, ema, raw_optimizer, run.guard.state())
+                if cfg.preview.count and (final or (cfg.preview.every_steps and done % cfg.preview.every_steps == 0)):
+                    if rank == 0:
+                        log.metrics(done, preview(cfg, raw, ema, text, codec, device, done, batch.stage, log))
+                    accelerator.wait_for_everyone()
+                if signalled and not final:
+                    if writer:
+                        writer.finish()
+                    accelerator.wait_for_everyone()
+                    log.event("signal", done, f"interrupted after update {done}; saved, the same command goes on from there")
+                    return INTERRUPTED if stop.number == signal.SIGINT else SAVED
+            else:
+                break
+            start = run.roll_back(back, writer, log)
+            log.rewind(start)
+            window = Window(device, window.peak_flops)
+        if writer:
+            writer.finish()
 
-    if accelerator.is_main_process:
+    if rank == 0:
         if cfg.init.lora_rank and cfg.model.conditioning == "text":
             print(f"adapters: {lora.save(raw, ema.weights, cfg.init, Path(cfg.run) / 'adapters')}")
         digest = checkpoint.weights_sha256(checkpoint.trained(raw))
@@ -121,9 +155,196 @@ def train(cfg: config.Config) -> int:
     return 0
 
 
-def _check_fit(cfg: config.Config, clips, text: TextEncoder | None, codec: VideoCodec) -> None:
-    """Settings that only the data, the text encoder and the codec can tell. Raises ValueError naming the key."""
-    needed = {"in_channels": codec.channels} | ({"text_channels": text.width} if text else {})
+@dataclass
+class _Pending:
+    """An update that the device may still be working on."""
+
+    batch: Batch
+    key: str
+    rate: float
+    values: torch.Tensor  # [3] loss, gradient norm, whether it was done
+    norms: torch.Tensor  # [k] of the gradients of the parameters `names`
+    names: list[str]
+    losses: torch.Tensor  # [b] of this process's samples
+    times: torch.Tensor  # [b] in [0, 1]
+    moved: dict[str, float] | None
+
+
+class _Run:
+    """What an update needs and changes."""
+
+    def __init__(self, cfg, accelerator, raw, model, optimizer, ema, text, codec, guard):
+        self.cfg, self.accelerator, self.raw, self.model, self.optimizer = cfg, accelerator, raw, model, optimizer
+        self.ema, self.text, self.codec, self.guard = ema, text, codec, guard
+        self.device, self.ranks = accelerator.device, accelerator.num_processes
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.train.mixed_precision, torch.float32)
+        self.fixed = parallel.FixedOrder(list(raw.parameters()), accelerator.process_index, self.ranks) if (
+            cfg.train.deterministic) else None
+        self.text_tokens = 0  # of the longest caption of the batch at hand
+        self.last: dict[str, float] = {}  # of the update that was settled last, for the metrics
+
+    def update(self, batch: Batch, report: bool, window: Window) -> _Pending:
+        """One update, or, where the guard says so on the device, none. Nothing here waits for the device but a report."""
+        cfg, shape = self.cfg, self.cfg.stages[batch.stage].shapes[batch.bucket]
+        key = f"{batch.stage}.{batch.bucket}"
+        rate = lr_at(batch.step, cfg.optim, cfg.total_steps, cfg.stages[batch.stage].learning_rate)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss, losses, times = self._gradients(batch, shape.batch_size)
+        if self.accelerator.scaler is not None:
+            self.accelerator.unscale_gradients(self.optimizer)
+        trained = {name: p for name, p in self.raw.named_parameters() if p.grad is not None}
+        norms = torch.stack(torch._foreach_norm([p.grad for p in trained.values()]))
+        norm = norms.norm()
+        most_loss, most_norm = self.guard.limits(batch.step, key)
+        done = norm.isfinite() & loss.isfinite() & (loss <= most_loss) & (norm <= most_norm)
+        if cfg.optim.grad_clip and batch.step >= cfg.optim.clip_from_step:
+            torch.nn.utils.clip_grads_with_norm_(trained.values(), cfg.optim.grad_clip, norm)
+        move = Step(checkpoint.trained(self.raw)) if report else None
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        if self.accelerator.scaler is None:  # a scaler leaves out by itself what is not finite
+            inner.found_inf = (~done).float()  # the fused kernel then changes nothing
+        self.optimizer.step()
+        inner.found_inf = None
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(self.raw, batch.step, done)
+        f, c, h, w = self.codec.latent_shape(shape.frames, shape.height, shape.width)
+        f += shape.image_frames
+        work = 3 * shape.batch_size * flops(cfg.model, f, h, w, self.text_tokens)
+        window.count(loss, done, losses, times, shape.frames, shape.batch_size,
+                     shape.batch_size * f * h * w // cfg.model.patch_size**2, work)
+        return _Pending(batch, key, rate, torch.stack([loss, norm, done.float()]), norms, list(trained), losses, times,
+                        move.ratios() if move else None)
+
+    def _gradients(self, batch: Batch, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Leaves the gradient of the mean loss over the whole batch. Returns that loss, and this process's losses [b] and times
+        [b]."""
+        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def backward(part: Batch, factor: float) -> torch.Tensor:
+            losses, times = self._losses(part)
+            self.accelerator.backward(losses.sum() * factor)
+            seen.append((losses.detach(), times))
+            return losses.detach().sum() / size
+
+        if self.fixed:
+            loss = self.fixed.backward(_split(batch, self.cfg.train.unit_clips), lambda unit: backward(unit, 1 / size))
+        else:
+            parts = _split(batch, -(-len(batch.positions) // self.cfg.train.micro_batches))
+            loss = torch.zeros((), device=self.device)
+            for number, part in enumerate(parts):
+                with contextlib.nullcontext() if number == len(parts) - 1 else self.accelerator.no_sync(self.model):
+                    loss = loss + backward(part, self.ranks / size)  # DDP takes the mean over processes
+            loss = parallel.total(loss)
+        return loss, torch.cat([losses for losses, _ in seen]), torch.cat([times for _, times in seen])
+
+    def _losses(self, part: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and time in [0, 1] of every sample of a part of the batch, [b] each; all randomness is keyed by (seed, position,
+        purpose)."""
+        cfg, device = self.cfg, self.device
+
+        def normal(purpose: str, shape: tuple[int, ...]) -> torch.Tensor:
+            draws = [keyed.normal(shape, cfg.seed, purpose, p) for p in part.positions]
+            return torch.from_numpy(np.stack(draws)).to(device)
+
+        images = len(part.captions[0]) - 1
+        x0 = part.x.to(device).float()
+        with torch.no_grad():
+            if cfg.data.source == "cache":
+                if part.std is not None:
+                    x0 = x0 + part.std.to(device).float() * normal("posterior", tuple(x0.shape[1:]))
+            else:
+                shape = self.codec.latent_shape(x0.shape[1], *x0.shape[3:])
+                x0 = self.codec.encode(x0, normal("posterior", shape) if cfg.codec.posterior == "sample" else None)
+            cond = pipeline.conditions(cfg, self.text, part.captions, device, part.states)
+            self.text_tokens = cond["text"].shape[-2] if "text" in cond else 0
+        tokens = (x0.shape[1] - images) * x0.shape[3] * x0.shape[4] // cfg.model.patch_size**2
+        draws = [keyed.rng(cfg.seed, "time", p).random() for p in part.positions]
+        times = diffusion.draw_times(cfg.diffusion, torch.tensor(draws, dtype=torch.float64), tokens).to(device)  # [b]
+        step = self.codec.time_factor * cfg.data.base_fps / part.fps
+        places = frame_times(cfg.model, x0.shape[1] - images, step).to(device)  # [f] or [b f]
+
+        def model_fn(x, t, cond):
+            with self.accelerator.autocast():
+                return self.model(x, t, frame_times=places, image_frames=images, **cond)
+
+        losses = diffusion.training_loss(model_fn, x0, cond, normal("noise", tuple(x0.shape[1:])), times, cfg.diffusion).loss
+        return losses, times / (cfg.diffusion.timesteps if cfg.diffusion.kind == "ddpm" else 1)
+
+    def settle(self, pending: _Pending | None, log: RunLog) -> int | None:
+        """Reads what came of an update. Returns its number if the run has to go back to before it."""
+        if pending is None:
+            return None
+        loss, norm, done = pending.values.tolist()
+        step = pending.batch.step
+        self.last = {"grad_norm": norm, "lr": pending.rate,
+                     **{f"grad_norm/{group}": value for group, value in by_group(pending.names, pending.norms).items()},
+                     **{f"update_ratio/{group}": value for group, value in (pending.moved or {}).items()}}
+        limits = self.guard.limits(step, pending.key)
+        failed = None
+        try:
+            why = self.guard.note(step, pending.key, loss, norm, bool(done))
+        except ValueError as error:
+            why, failed = "the last of too many skipped updates", error
+        if why is not None:
+            self._explain(pending, why, loss, norm, limits, log)
+        if failed:
+            raise failed
+        return step if why == "spike" and self.cfg.guard.spike == "rollback" else None
+
+    def _explain(self, pending: _Pending, why: str, loss: float, norm: float, limits: tuple[float, float], log: RunLog) -> None:
+        """Names the samples of a skipped update, the worst first, in the log and in a report."""
+        batch, done = pending.batch, pending.batch.step + 1
+        mine = [{"position": position, "time": t, "loss": value, "caption": row[0][:200]} for position, t, value, row in zip(
+            batch.positions, pending.times.tolist(), pending.losses.tolist(), batch.captions, strict=True)]
+        samples = sorted(parallel.gathered(mine), key=lambda s: s["loss"] if np.isfinite(s["loss"]) else np.inf, reverse=True)
+        worst = ", ".join(f"{s['position']} (t = {s['time']:.3f}, loss {s['loss']:.4g})" for s in samples[:4])
+        path = log.report(f"update-{done:08d}", {
+            "update": done, "why": why, "stage": batch.stage, "bucket": batch.bucket, "lr": pending.rate, "loss": loss,
+            "grad_norm": norm, "loss_limit": limits[0], "grad_norm_limit": limits[1],
+            "grad_norm_of": by_group(pending.names, pending.norms), "samples": samples})
+        log.event(why, done, f"update {done} skipped, {why}: loss {loss:.4g}, gradient norm {norm:.4g}; samples {worst}; "
+                             f"see {path}",
+                  positions=[s["position"] for s in samples], times=[s["time"] for s in samples])
+
+    def agree(self, signalled: bool, due: bool) -> tuple[bool, bool]:
+        """Whether any process got a signal, and whether the main one's clock says that it is time to save."""
+        if self.ranks == 1:
+            return signalled, due
+        flags = parallel.total(torch.tensor([float(signalled), float(due)], device=self.device)).tolist()
+        return flags[0] > 0, flags[1] > 0
+
+    def roll_back(self, step: int, writer: checkpoint.Writer | None, log: RunLog) -> int:
+        """Takes the weights of the last whole checkpoint before an update, which is left out from now on. Returns its number."""
+        if writer:
+            writer.finish()
+        self.accelerator.wait_for_everyone()
+        found, _ = checkpoint.newest_good(self.cfg.run, step)
+        self.guard.roll_back(step)
+        if found is None:
+            raise ValueError(f"guard.spike: update {step + 1} is a spike, and there is no checkpoint before it to go back to; use a "
+                             "smaller train.save_every_steps, or guard.spike=skip")
+        count, left_out = self.guard.rollbacks, self.guard.left_out
+        self.guard = Guard(self.cfg.guard, {**found.guard, "rollbacks": count, "left_out": sorted(left_out)})
+        log.event("rollback", step + 1, f"back to update {found.step} because of the spike at update {step + 1}; "
+                                        f"rollback {count} of {self.cfg.guard.rollbacks}")
+        return checkpoint.load(found, self.raw, self.ema, getattr(self.optimizer, "optimizer", self.optimizer))
+
+
+def _components(cfg: config.Config, device: torch.device) -> tuple[TextEncoder | None, VideoCodec]:
+    """Text encoder and codec; for training on a cache neither is in memory, and the codec only tells shapes."""
+    if cfg.data.source == "cache":
+        cached.check(cfg.data.path, cfg.codec, cfg.text if cfg.model.conditioning == "text" else None)
+        with torch.device("meta"):
+            return None, VideoCodec(cfg.codec, weights=False)
+    return TextEncoder(cfg.text, device) if cfg.model.conditioning == "text" else None, VideoCodec(cfg.codec, device)
+
+
+def _check_fit(cfg: config.Config, clips, text: TextEncoder | None, codec: VideoCodec, ranks: int) -> None:
+    """Settings that only the data, the text encoder, the codec and the launcher can tell. Raises ValueError naming the key."""
+    needed = {"in_channels": codec.channels}
+    if cfg.model.conditioning == "text":
+        needed["text_channels"] = text.width if text else clips.null.shape[-1]
     if cfg.model.conditioning == "class":
         cfg.data.class_names = cfg.data.class_names or clips.classes
         needed["classes"] = len(cfg.data.class_names)
@@ -133,39 +354,70 @@ def _check_fit(cfg: config.Config, clips, text: TextEncoder | None, codec: Video
     for key, value in needed.items():
         if getattr(cfg.model, key) != value:
             raise ValueError(f"model.{key}: must be {value} for this text encoder, codec and data, got {getattr(cfg.model, key)}")
-    if codec.time_factor > 1 and any(stage.image_frames for stage in cfg.stages):
-        raise ValueError("stages.image_frames: this VAE codes frames together, so images cannot join a clip")
+    for key, shape in cfg.shapes():
+        if codec.time_factor > 1 and shape.image_frames:
+            raise ValueError(f"{key}.image_frames: this VAE codes frames together, so images cannot join a clip")
+        if cfg.train.deterministic and shape.batch_size % (ranks * cfg.train.unit_clips):
+            raise ValueError(f"{key}.batch_size: must divide by {ranks} processes times train.unit_clips "
+                             f"({cfg.train.unit_clips}), got {shape.batch_size}")
 
 
-def _losses(part: Batch, cfg: config.Config, model: torch.nn.Module, text: TextEncoder | None, codec: VideoCodec, device):
-    """Loss of every sample of a part of the batch, [b]; all randomness is keyed by (seed, position, purpose)."""
-    def normal(purpose: str, shape: tuple[int, ...]) -> torch.Tensor:
-        draws = [keyed.normal(shape, cfg.seed, purpose, p) for p in part.positions]
-        return torch.from_numpy(np.stack(draws)).to(device)
+def _check_room(cfg: config.Config, codec: VideoCodec, device: torch.device, ranks: int) -> str:
+    """What the run takes of memory and disk beside what there is. Raises ValueError when it cannot fit (train.refuse_misfit)."""
+    with torch.device("meta"):
+        raw = Latte(cfg.model)
+        if cfg.init.lora_rank:
+            lora.add(raw, cfg.init)
+    size, trained = sum(p.numel() for p in raw.parameters()), sum(p.numel() for p in checkpoint.trained(raw).values())
+    free, place = memory.available(device), Path(cfg.run)
+    if device.type == "cpu":
+        free //= ranks
+    while not place.exists():
+        place = place.parent
+    kept = cfg.train.keep_checkpoints + 1 + (cfg.total_steps // cfg.train.keep_every_steps if cfg.train.keep_every_steps else 0)
+    disk, room = 16 * trained * kept, shutil.disk_usage(place).free
+    # an upper bound first: most runs fit by far, and tracing takes seconds
+    peaks = {key: 20 * size + 4 * 2 * 43 * cfg.model.width * cfg.model.layers * tokens * clips
+             for key, tokens, clips, _ in _passes(cfg, codec, ranks)}
+    key, peak = max(peaks.items(), key=lambda pair: pair[1])
+    if peak > free / 2:
+        key, peak = max(((key, _peak(cfg, shape, clips, trained)) for key, _, clips, shape in _passes(cfg, codec, ranks)),
+                        key=lambda pair: pair[1])
+    text = f"needs at most {peak / 2**30:.1f} GiB of memory a process ({key}; {free / 2**30:.1f} GiB free) and {disk / 2**30:.1f} GiB " \
+           f"of disk for {kept} checkpoints ({room / 2**30:.1f} GiB free)"
+    if cfg.train.refuse_misfit and (peak > free or disk > room):
+        hint = "try train.checkpoint_blocks=true, more train.micro_batches or a smaller batch" if peak > free else (
+            "keep fewer checkpoints")
+        raise ValueError(f"{key if peak > free else 'train.keep_checkpoints'}: the run {text}; {hint}, or start it anyway with "
+                         "train.refuse_misfit=false")
+    return text
 
-    images = len(part.captions[0]) - 1
-    with torch.no_grad():
-        _, frames, _, height, width = part.frames.shape
-        shape = codec.latent_shape(frames, height, width)
-        x0 = codec.encode(part.frames.to(device), normal("posterior", shape) if cfg.codec.posterior == "sample" else None)
-        cond = pipeline.conditions(cfg, text, part.captions, device)
-    tokens = (shape[0] - images) * shape[2] * shape[3] // cfg.model.patch_size ** 2
-    draws = [keyed.rng(cfg.seed, "time", p).random() for p in part.positions]
-    times = diffusion.draw_times(cfg.diffusion, torch.tensor(draws, dtype=torch.float64), tokens).to(device)  # [b]
-    places = frame_times(cfg.model, shape[0] - images, codec.time_factor * cfg.data.base_fps / part.fps).to(device)  # [f] or [b f]
 
-    def model_fn(x, t, cond):
-        return model(x, t, frame_times=places, image_frames=images, **cond)
+def _passes(cfg: config.Config, codec: VideoCodec, ranks: int) -> list[tuple[str, int, int, tuple[int, int, int, int]]]:
+    """Of each clip shape its key, tokens a clip, clips in one pass of one process, and latents [f c h w]."""
+    found = []
+    for key, shape in cfg.shapes():
+        f, c, h, w = codec.latent_shape(shape.frames, shape.height, shape.width)
+        f += shape.image_frames
+        clips = cfg.train.unit_clips if cfg.train.deterministic else -(-shape.batch_size // (ranks * cfg.train.micro_batches))
+        found.append((key, f * h * w // cfg.model.patch_size**2, clips, (f, c, h, w)))
+    return found
 
-    return diffusion.training_loss(model_fn, x0, cond, normal("noise", tuple(x0.shape[1:])), times, cfg.diffusion).loss
+
+def _peak(cfg: config.Config, shape: tuple[int, int, int, int], clips: int, trained: int) -> int:
+    f, _, h, w = shape
+    return memory.training_peak(cfg.model, f, h, w, clips, cfg.text.max_tokens, cfg.train.mixed_precision != "fp32",
+                                cfg.train.checkpoint_blocks, trained)
 
 
 @torch.no_grad()
 def preview(cfg: config.Config, trained: Latte, ema: EMA, text: TextEncoder | None, codec: VideoCodec, device, done: int,
             stage_index: int, log: RunLog) -> dict[str, float]:
     """Samples preview videos from the EMA weights into the run's folder; returns judge scores for the embedded world."""
-    stage = cfg.stages[stage_index]
+    stage = cfg.stages[stage_index].shapes[0]
     frames, fps = cfg.preview.frames or stage.frames, max(stage.fps)
+    if cfg.data.source == "cache":  # training on a cache has neither in memory
+        text, codec = TextEncoder(cfg.text, device) if cfg.model.conditioning == "text" else None, VideoCodec(cfg.codec, device)
     model = copy.deepcopy(trained).eval()
     for name, p in checkpoint.trained(model).items():
         p.copy_(ema.weights[name])
@@ -173,7 +425,7 @@ def preview(cfg: config.Config, trained: Latte, ema: EMA, text: TextEncoder | No
     scores: dict[str, list[float]] = {}
     for index in range(cfg.preview.count):
         scene, prompt = None, cfg.preview.prompts[index] if index < len(cfg.preview.prompts) else None
-        if prompt is None and cfg.data.source == "folder":
+        if prompt is None and cfg.data.source != "world":
             prompt = str(index % cfg.model.classes) if cfg.model.conditioning == "class" else ""
         elif prompt is None:
             rng = keyed.rng(cfg.seed, "preview", index)
@@ -193,85 +445,68 @@ def preview(cfg: config.Config, trained: Latte, ema: EMA, text: TextEncoder | No
 
 
 def plan(cfg: config.Config) -> str:
-    """What a run would do, as text: resolved config, model size, work and memory of each stage."""
+    """What a run would do, as text: resolved config, model size, buckets, and work, memory and time of each bucket on this
+    machine."""
+    device = Accelerator().device
     with torch.device("meta"):
         model = Latte(cfg.model)
         if cfg.init.lora_rank:
             lora.add(model, cfg.init)
-    size, tuned = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in checkpoint.trained(model).values())
-    codec = VideoCodec(cfg.codec, weights=False)
-    lines = [config.to_yaml(cfg), f"parameters: {size / 1e6:.2f} M, of which trained: {tuned / 1e6:.2f} M",
-             f"training state: {(4 * size + 16 * tuned) / 2**30:.2f} GiB (float32 weights, gradients, two AdamW moments, EMA)", "",
-             "stage   steps  frames  height  width  batch  tokens/clip  GFLOP/update (forward + backward)  GiB/clip for backward"]
-    total = 0.0
+        codec = VideoCodec(cfg.codec, weights=False)
+    size, trained = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in checkpoint.trained(model).values())
+    clips = open_clips(cfg.data, cfg.seed, cfg.stages)
+    lines = [config.to_yaml(cfg), f"parameters: {size / 1e6:.2f} M, of which trained: {trained / 1e6:.2f} M", table(clips,
+    cfg.stages),
+             *(f"left out {name}: {why}" for name, why in clips.dropped.items()), "",
+             "key                      latents          tokens/clip  clips/pass  GFLOP/update  peak GiB  s/update"]
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.train.mixed_precision, torch.float32)
+    passes, again = _passes(cfg, codec, 1), 4 / 3 if cfg.train.checkpoint_blocks else 1
+    seconds, work = {}, {}
+    for (key, tokens, together, latents), (_, shape) in zip(passes, cfg.shapes(), strict=True):
+        f, _, h, w = latents
+        work[key] = 3 * again * shape.batch_size * flops(cfg.model, f, h, w, cfg.text.max_tokens)
+        pair = memory.pair_seconds(cfg.model, f, h, w, together, cfg.text.max_tokens, device, dtype)
+        seconds[key] = pair * again * cfg.model.layers * shape.batch_size / together
+        lines.append(f"{key:24s} {'x'.join(map(str, latents)):16s} {tokens:11d} {together:11d} {work[key] / 1e9:13.1f} "
+                     f"{_peak(cfg, latents, together, trained) / 2**30:9.2f} {seconds[key]:9.3f}")
+    hours = flop = 0.0
     for index, stage in enumerate(cfg.stages):
-        f, _, h, w = codec.latent_shape(stage.frames, stage.height, stage.width)
-        f += stage.image_frames
-        passes = 4 if cfg.train.checkpoint_blocks else 3
-        work = passes * stage.batch_size * flops(cfg.model, f, h, w, cfg.text.max_tokens) / 1e9
-        total += work * stage.steps
-        tokens = f * h * w // cfg.model.patch_size ** 2
-        kept = memory.kept_for_backward(cfg.model, tokens, cfg.train.checkpoint_blocks, cfg.train.mixed_precision != "fp32")
-        lines.append(f"{index:5d} {stage.steps:7d} {stage.frames:7d} {stage.height:7d} {stage.width:6d} {stage.batch_size:6d}"
-                     f" {tokens:12d} {work:35.1f} {kept / 2**30:26.2f}")
-    lines.append(f"all stages: {cfg.total_steps} updates, {total / 1e6:.3f} PFLOP with {cfg.text.max_tokens} text tokens; "
-                 f"{total / 400e3 / 3600:.1f} device hours at 400 TFLOP/s")
+        for number, share in enumerate(stage.shares):
+            key = f"stages.{index}" + (f".buckets.{number}" if stage.buckets else "")
+            hours += stage.steps * share * seconds[key] / 3600
+            flop += stage.steps * share * work[key]
+    lines.append(f"all stages: {cfg.total_steps} updates, {flop / 1e15:.3f} PFLOP with {cfg.text.max_tokens} text tokens; about {hours:.2f} h "
+                 f"on one {device.type} as timed here, from one layer pair; without loading, encoding and the optimizer")
+    if cfg.train.deterministic:
+        key, _, together, (f, _, h, w) = passes[-1]
+        batch = cfg.shapes()[-1][1].batch_size
+        whole = memory.pair_seconds(cfg.model, f, h, w, batch, cfg.text.max_tokens, device, dtype)
+        alone = memory.pair_seconds(cfg.model, f, h, w, together, cfg.text.max_tokens, device, dtype) * batch / together
+        lines.append(f"deterministic mode: {alone / whole - 1:+.1%} time for {key} in units of {together} instead of batches of {batch}")
+    try:
+        lines.append(_check_room(cfg, codec, device, 1))
+    except ValueError as error:
+        lines.append(f"would be refused: {error}")
     return "\n".join(lines)
 
 
-def _split(batch: Batch, parts: int) -> list[Batch]:
-    size = -(-len(batch.positions) // parts)
-    cuts = [slice(i, i + size) for i in range(0, len(batch.positions), size)]
-    return [Batch(batch.step, batch.stage, batch.positions[c], batch.frames[c], batch.fps[c], batch.captions[c]) for c in cuts]
-
-
-def _anywhere(flag: bool, accelerator: Accelerator) -> bool:
-    """Whether the flag is set on any process: all must leave the loop at the same update."""
-    if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum").item())
+def _split(batch: Batch, size: int) -> list[Batch]:
+    return [batch.part(slice(i, i + size)) for i in range(0, len(batch.positions), size)]
 
 
 class _Stop:
-    """Remembers that SIGINT or SIGTERM came, so that the loop can end after a whole update. A second SIGINT ends at once."""
+    """Remembers which signal came, so that the loop can end after a whole update. A second SIGINT ends at once."""
 
     def __init__(self):
-        self.signalled = False
-        for number in (signal.SIGINT, signal.SIGTERM):
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals
                 signal.signal(number, self._note)
 
     def _note(self, number, _frame):
-        self.signalled = True
-        signal.signal(number, signal.SIG_DFL)
-
-
-class _Window:
-    """Sums over the updates since the last line of metrics."""
-
-    def __init__(self, device):
-        self.device = device
-        self._open()
-
-    def _open(self):
-        self.loss = torch.zeros((), device=self.device)
-        self.updates = self.clips = self.frames = 0
-        self.wait = 0.0
-        self.started = self.ready = time.perf_counter()
-
-    def waited(self):
-        self.wait += time.perf_counter() - self.ready
-
-    def count(self, clips: int, frames: int):
-        self.updates, self.clips, self.frames = self.updates + 1, self.clips + clips, self.frames + frames
-        self.ready = time.perf_counter()
-
-    def close(self, accelerator: Accelerator) -> dict[str, float]:
-        seconds = time.perf_counter() - self.started
-        values = {"loss": accelerator.reduce(self.loss, "mean").item() / self.updates, "seconds": seconds / self.updates,
-                  "frames_per_s": self.frames / seconds, "loader_wait": self.wait / seconds}
-        self._open()
-        return values
+        self.number = number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,20 +3,27 @@
     step-00000500/  model.safetensors  ema.safetensors  optimizer.safetensors  state.json
 
 state.json holds the step (which is the data position too: order and randomness are functions of it), the resolved config,
-library versions and the SHA-256 of every other file. A checkpoint to share holds ema.safetensors and state.json alone.
+library versions, what the guard remembers and the SHA-256 of every other file. A checkpoint to share holds ema.safetensors
+and state.json alone.
 Nothing in a checkpoint can run code when it is loaded.
     python -m latte.checkpoint RUN OUT [sampler.key=value ...]     makes one to share from a run's newest checkpoint
 """
 
+import copy
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import platform
 import shutil
 import sys
-from dataclasses import dataclass
+import threading
+import time
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors import SafetensorError
@@ -35,26 +42,76 @@ class Checkpoint:
     step: int  # updates done
     config: config.Config
     files: dict[str, str]  # name -> SHA-256
+    guard: dict = field(default_factory=dict)  # state of latte.guard.Guard
 
 
-def save(run: Path, step: int, cfg: config.Config, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, keep: int) -> Path:
-    """Writes run/step-XXXXXXXX, then deletes all but the newest `keep` checkpoints. Returns its path.
+class Writer:
+    """Writes a run's checkpoints beside the training: an update waits only while its tensors are copied in host memory.
 
-    Raises OSError with the path when it cannot be written; older checkpoints are then untouched.
+    The newest `keep` checkpoints stay, and those at multiples of keep_every steps (0 = none). One checkpoint is written at a time.
+    `waited` counts the seconds that the training waited for it.
     """
-    tensors = {
-        "model.safetensors": trained(model),
-        "ema.safetensors": ema.weights,
-        "optimizer.safetensors": _optimizer_tensors(model, optimizer),
-    }
-    path = write(Path(run) / f"step-{step:08d}", step, cfg, tensors)
-    for old in _all(run)[:-keep]:
-        shutil.rmtree(old)
-    return path
+
+    def __init__(self, run: str | Path, keep: int, keep_every: int = 0):
+        """Removes what a killed writer left half-written."""
+        self.run, self.keep, self.keep_every = Path(run), keep, keep_every
+        self.waited = 0.0
+        self._thread: threading.Thread | None = None
+        self._error: OSError | None = None
+        for left in self.run.glob("step-*.writing"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def save(self, step: int, cfg: config.Config, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer,
+             guard: dict | None = None) -> None:
+        """Begins to write run/step-XXXXXXXX. Raises OSError of this or an earlier one as soon as it is known."""
+        self.finish()
+        started = time.perf_counter()
+        staged = {name: {key: value.detach().to("cpu", copy=True) for key, value in tensors.items()} for name, tensors in (
+            ("model.safetensors", trained(model)), ("ema.safetensors", ema.weights),
+            ("optimizer.safetensors", _optimizer_tensors(model, optimizer)))}
+        self._thread = threading.Thread(target=self._write, args=(step, copy.deepcopy(cfg), staged, guard), name="checkpoint")
+        self._thread.start()
+        self.waited += time.perf_counter() - started
+
+    def check(self) -> None:
+        """Raises the OSError of a checkpoint that could not be written, as soon as that is known."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def finish(self) -> None:
+        """Waits until the checkpoint under way is written. Raises OSError with its path when it could not be."""
+        started = time.perf_counter()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.waited += time.perf_counter() - started
+        self.check()
+
+    def _write(self, step: int, cfg: config.Config, tensors: dict[str, dict[str, torch.Tensor]], guard: dict | None) -> None:
+        try:
+            write(self.run / f"step-{step:08d}", step, cfg, tensors, guard)
+            for old in self._superfluous(step):
+                shutil.rmtree(old)
+        except OSError as error:
+            self._error = error
+
+    def _superfluous(self, step: int) -> list[Path]:
+        """Checkpoints to delete after that of a step: old ones, and later ones, which the run went back from."""
+        numbered = [(int(path.name.removeprefix("step-")), path) for path in _all(self.run)]
+        later = [path for number, path in numbered if number > step]
+        older = [path for number, path in numbered if number <= step and not (self.keep_every and number % self.keep_every == 0)]
+        newest = {path for number, path in [pair for pair in numbered if pair[0] <= step][-self.keep:]}
+        return later + [path for path in older if path not in newest]
 
 
-def write(path: Path, step: int, cfg: config.Config, tensors: dict[str, dict[str, torch.Tensor]]) -> Path:
-    """Writes a checkpoint folder of the given safetensors files, beside `path` first. Replaces what is there."""
+def write(path: Path, step: int, cfg: config.Config, tensors: dict[str, dict[str, torch.Tensor]],
+          guard: dict | None = None) -> Path:
+    """Writes a checkpoint folder of the given safetensors files, beside `path` first. Replaces what is there.
+
+    state.json, which names the others and their hashes, is written last. Raises OSError with the path when it cannot be written;
+    other checkpoints are then untouched.
+    """
     beside = path.with_name(f"{path.name}.writing")
     try:
         shutil.rmtree(beside, ignore_errors=True)
@@ -62,7 +119,7 @@ def write(path: Path, step: int, cfg: config.Config, tensors: dict[str, dict[str
         for name, values in tensors.items():
             save_file({k: v.detach().cpu().contiguous() for k, v in values.items()}, beside / name)
         state = {"format": FORMAT, "step": step, "files": {name: _sha256(beside / name) for name in tensors},
-                 "config": config.to_dict(cfg), "versions": versions()}
+                 "config": config.to_dict(cfg), "versions": versions(), "guard": guard or {}}
         (beside / "state.json").write_text(json.dumps(state, indent=1))
         for file in beside.iterdir():
             _sync(file)
@@ -99,7 +156,7 @@ def read(path: str | Path) -> Checkpoint:
         path = newest
     try:
         state = json.loads((path / "state.json").read_text())
-        step, files, values = state["step"], state["files"], state["config"]
+        step, files, values, guard = state["step"], state["files"], state["config"], state.get("guard", {})
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path / 'state.json'}: damaged checkpoint ({error!r})") from None
     for name, digest in files.items():
@@ -107,7 +164,44 @@ def read(path: str | Path) -> Checkpoint:
             raise ValueError(f"{path / name}: missing from the checkpoint")
         if _sha256(path / name) != digest:
             raise ValueError(f"{path / name}: damaged, its SHA-256 is not the one in state.json")
-    return Checkpoint(path, step, config.from_dict(values), files)
+    return Checkpoint(path, step, config.from_dict(values), files, guard)
+
+
+def newest_good(run: str | Path, up_to: int | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint of a run that is whole (of at most `up_to` updates), and what is wrong with those after it.
+
+    None for a run that has none. Raises ValueError when it has some and none is whole: starting anew would lose them.
+    """
+    wrong = []
+    for path in reversed(_all(Path(run))):
+        if up_to is None or int(path.name.removeprefix("step-")) <= up_to:
+            try:
+                return read(path), wrong
+            except ValueError as error:
+                wrong.append(str(error))
+    if wrong:
+        raise ValueError(f"{run}: none of its {len(wrong)} checkpoints is whole; move them away to start anew: " + "; ".join(wrong))
+    return None, []
+
+
+def lock(run: str | Path) -> IO:
+    """Claims a run's folder for this process, until the returned file is closed or the process ends, however it ends.
+
+    Raises ValueError when another process trains there, OSError when the folder cannot be written.
+    """
+    Path(run).mkdir(parents=True, exist_ok=True)
+    file = open(Path(run) / "lock", "w")  # noqa: SIM115, the caller closes it
+    try:
+        # a record lock: kept by the kernel, gone with the process, and not handed to loader workers as flock's would be
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise ValueError(f"{run}: another process trains here; wait for it or choose another run=FOLDER") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):  # file systems without locks go without
+            file.close()
+            raise
+    return file
 
 
 @torch.no_grad()
@@ -133,7 +227,10 @@ def load(checkpoint: Checkpoint, model: nn.Module, ema: EMA, optimizer: torch.op
         for p in group["params"]:
             if names[id(p)] in stored:
                 slots = stored[names[id(p)]]
-                optimizer.state[p] = {s: v if s == "step" else v.to(p.device) for s, v in slots.items()}
+                # a fused optimizer of a GPU keeps its count of steps there too
+                optimizer.state[p] = {s: v.to(p.device) for s, v in slots.items()}
+            else:
+                optimizer.state.pop(p, None)
     return checkpoint.step
 
 
@@ -177,7 +274,7 @@ def versions() -> dict[str, str]:
 
 
 def _all(run: Path) -> list[Path]:
-    return sorted(p.parent for p in Path(run).glob("step-*/state.json") if p.parent.suffix != ".writing")
+    return sorted(p.parent for p in Path(run).glob("step-*/state.json") if p.parent.name.removeprefix("step-").isdigit())
 
 
 def _tensors(checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:

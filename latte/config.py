@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from omegaconf import OmegaConf
@@ -142,22 +142,33 @@ class WorldConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    source: Literal["world", "folder"] = "world"
-    path: str = ""  # folder: where the clips lie
-    layout: Literal["captions", "videos", "classes", "frames"] = "captions"  # folder: see latte.data.FolderClips
+    source: Literal["world", "folder", "manifest", "cache"] = "world"
+    path: str = ""  # folder: where the clips lie; manifest: a Parquet file; cache: a folder that data_tools.cache made
+    layout: Literal["captions", "videos", "classes", "frames"] = "captions"  # folder: see latte.clips.FileClips
     class_names: list[str] = field(default_factory=list)  # folder: in the order of the labels; empty = as found, sorted
-    clip_rule: Literal["time", "stride", "linspace"] = "time"  # folder: how frames are chosen, see FolderClips
+    clip_rule: Literal["time", "stride", "linspace"] = "time"  # videos: how frames are chosen, see latte.clips.FileClips
     frame_interval: int = 3  # stride and linspace: a clip of n frames is cut from n * frame_interval frames of the source
-    flip: bool = False  # folder: mirror half of the clips
+    flip: bool = False  # videos: mirror half of the clips
+    crop: Literal["centre", "random"] = "centre"  # videos: which part of a picture whose sides do not fit the bucket's
+    max_crop: float = 1.0  # videos: a clip that would lose a larger share of its picture is left out of the bucket
+    variants: int = 0  # videos: different starts, rates, crops and flips of a clip, by turns; 0 = new ones each time round
+    decoder: Literal["pyav", "decord", "torchcodec"] = "pyav"  # videos: benchmarks/decode.py compares them
     clips: int = 0  # world: number of different clips; 0 = never the same clip twice
     wordings: int = 0  # world: captions for scenes that differ in their starts alone, so that text.cache_mib helps; 0 = no limit
     base_fps: float = 8.0  # the rate at which neighbouring frames are one temporal position apart
     caption_dropout: float = 0.1  # share of samples trained on the empty caption, drawn per sample
     workers: int = 0  # loader processes; 0 = load in the training process
+    prefetch: int = 2  # batches that each worker has ready
+    recycle_batches: int = 2000  # workers are replaced by fresh ones after so many batches: decoders leak; 0 = never
     world: WorldConfig = field(default_factory=WorldConfig)
 
     def __post_init__(self):
-        _require(self.source != "folder" or bool(self.path), "data.path", "source = folder needs the folder of videos")
+        needed = {"folder": "the folder of videos", "manifest": "a manifest.parquet", "cache": "a folder made by data_tools.cache"}
+        _require(self.source == "world" or bool(self.path), "data.path", f"source = {self.source} needs {needed.get(self.source)}")
+        _require(0 <= self.max_crop <= 1, "data.max_crop", f"must be between 0 and 1, got {self.max_crop}")
+        for name in ("variants", "recycle_batches"):
+            _require(getattr(self, name) >= 0, f"data.{name}", f"must be at least 0, got {getattr(self, name)}")
+        _require(self.prefetch >= 1, "data.prefetch", f"must be at least 1, got {self.prefetch}")
         _require(self.clips >= 0, "data.clips", f"must be at least 0, got {self.clips}")
         _require(self.wordings >= 0, "data.wordings", f"must be at least 0, got {self.wordings}")
         _require(self.frame_interval >= 1, "data.frame_interval", f"must be at least 1, got {self.frame_interval}")
@@ -181,10 +192,9 @@ class InitConfig:
 
 
 @dataclass(kw_only=True)
-class StageConfig:
-    """One stretch of training at one clip shape. Stages run in order; weights, EMA and optimizer state carry over."""
+class ShapeConfig:
+    """The shape of clips that make a batch: all clips of an update have the same, so nothing is padded."""
 
-    steps: int = 1000
     frames: int = 16  # 1 = images
     height: int = 64  # pixels
     width: int = 64
@@ -193,10 +203,48 @@ class StageConfig:
     fps: list[float] = field(default_factory=lambda: [8.0])  # each clip draws one of these rates
 
     def __post_init__(self):
-        for name in ("steps", "frames", "height", "width", "batch_size"):
+        for name in ("frames", "height", "width", "batch_size"):
             _require(getattr(self, name) >= 1, f"stages.{name}", f"must be at least 1, got {getattr(self, name)}")
         _require(self.image_frames >= 0, "stages.image_frames", f"must be at least 0, got {self.image_frames}")
         _require(bool(self.fps) and min(self.fps) > 0, "stages.fps", f"needs one or more rates above 0, got {self.fps}")
+
+    def __str__(self):
+        return f"{self.frames} x {self.height} x {self.width} at {'/'.join(f'{rate:g}' for rate in self.fps)} fps"
+
+
+@dataclass(kw_only=True)
+class BucketConfig(ShapeConfig):
+    """One of the clip shapes that a stage mixes."""
+
+    share: float = 1.0  # of the stage's updates, beside the shares of its other buckets
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(self.share > 0, "stages.buckets.share", f"must be above 0, got {self.share}")
+
+
+@dataclass(kw_only=True)
+class StageConfig(ShapeConfig):
+    """One stretch of training. Stages run in order; weights, EMA and optimizer state carry over."""
+
+    steps: int = 1000
+    learning_rate: float = 0.0  # of this stage, before the schedule; 0 = optim.learning_rate
+    buckets: list[BucketConfig] = field(default_factory=list)  # several clip shapes at once; then the stage's own shape is not used
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(self.steps >= 1, "stages.steps", f"must be at least 1, got {self.steps}")
+        _require(self.learning_rate >= 0, "stages.learning_rate", f"must be at least 0, got {self.learning_rate}")
+
+    @property
+    def shapes(self) -> list[ShapeConfig]:
+        return self.buckets or [self]
+
+    @property
+    def shares(self) -> list[float]:
+        """Of the stage's updates that each of its shapes takes; they add up to 1."""
+        total = sum(bucket.share for bucket in self.buckets)
+        return [bucket.share / total for bucket in self.buckets] or [1.0]
 
 
 @dataclass(kw_only=True)
@@ -230,16 +278,43 @@ class TrainConfig:
     checkpoint_blocks: bool = False  # recompute each block in the backward pass: 2 values a token and layer pair kept, not 43
     compile: bool = False  # torch.compile each block; needs a C++ compiler on CPU
     log_every_steps: int = 10
+    deterministic: bool = False  # bit-equal weights for any number of processes (1, 2, 4, ...), see latte.parallel.FixedOrder
+    unit_clips: int = 1  # deterministic: clips whose gradient is computed together; it takes the place of micro_batches
     save_every_steps: int = 500
-    keep_checkpoints: int = 2  # older ones are deleted
+    save_every_minutes: float = 0.0  # save as well when so much time has passed; 0 = by steps alone
+    keep_checkpoints: int = 2  # the newest are kept, older ones deleted
+    keep_every_steps: int = 0  # checkpoints at multiples of this are kept for good; 0 = none
+    refuse_misfit: bool = True  # do not start what the plan says cannot fit into memory or on the disk
     trackers: list[str] = field(default_factory=list)  # of wandb, tensorboard; metrics.jsonl is always written
     project: str = "latte"  # tracker project
 
     def __post_init__(self):
-        for name in ("micro_batches", "log_every_steps", "save_every_steps", "keep_checkpoints"):
+        for name in ("micro_batches", "unit_clips", "log_every_steps", "save_every_steps", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"train.{name}", f"must be at least 1, got {getattr(self, name)}")
+        for name in ("save_every_minutes", "keep_every_steps"):
+            _require(getattr(self, name) >= 0, f"train.{name}", f"must be at least 0, got {getattr(self, name)}")
         unknown = set(self.trackers) - {"wandb", "tensorboard"}
         _require(not unknown, "train.trackers", f"knows wandb and tensorboard, got {sorted(unknown)}")
+
+
+@dataclass(kw_only=True)
+class GuardConfig:
+    """What is done about updates that would harm the weights, see latte.guard. One whose loss or gradient is not finite is always
+    skipped."""
+
+    max_skipped: int = 10  # the run stops after so many skipped updates in a row
+    spike: Literal["ignore", "skip", "rollback"] = "ignore"  # a loss or gradient norm far above the running median
+    spike_deviations: float = 8.0  # how far, in robust standard deviations of the logarithm
+    window: int = 128  # updates of the same bucket that the median is taken of; until a quarter of it is there nothing is a spike
+    rollbacks: int = 3  # the run stops at the next spike after so many
+    rollback_updates: int = 1  # so many updates, up to the spike's own, are left out when the run comes by again
+
+    def __post_init__(self):
+        for name in ("max_skipped", "rollback_updates"):
+            _require(getattr(self, name) >= 1, f"guard.{name}", f"must be at least 1, got {getattr(self, name)}")
+        _require(self.window >= 8, "guard.window", f"must be at least 8, got {self.window}")
+        _require(self.rollbacks >= 0, "guard.rollbacks", f"must be at least 0, got {self.rollbacks}")
+        _require(self.spike_deviations > 0, "guard.spike_deviations", f"must be above 0, got {self.spike_deviations}")
 
 
 @dataclass(kw_only=True)
@@ -270,6 +345,7 @@ class Config:
     stages: list[StageConfig] = field(default_factory=lambda: [StageConfig()])
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
 
     def __post_init__(self):
@@ -277,14 +353,24 @@ class Config:
         learned = self.model.out_channels == 2 * self.model.in_channels
         _require(not learned or self.diffusion.kind == "ddpm", "model.out_channels",
                  "a learned variance belongs to diffusion.kind = ddpm; with flow set it to model.in_channels")
-        _require(self.model.conditioning != "class" or (self.data.source, self.data.layout) == ("folder", "classes"), "data.layout",
+        classes = (self.data.source, self.data.layout) in (("folder", "classes"), ("cache", "classes"))
+        _require(self.model.conditioning != "class" or classes, "data.layout",
                  "model.conditioning = class needs data.source = folder and data.layout = classes")
-        for index, stage in enumerate(self.stages):
-            _require(stage.batch_size % self.train.micro_batches == 0, f"stages.{index}.batch_size",
-                     f"must divide by train.micro_batches ({self.train.micro_batches}), got {stage.batch_size}")
-            fits = stage.height % self.model.patch_size == stage.width % self.model.patch_size == 0
-            _require(self.codec.kind != "pixels" or fits, f"stages.{index}.height",
+        divisor = "unit_clips" if self.train.deterministic else "micro_batches"
+        parts = getattr(self.train, divisor)
+        for key, shape in self.shapes():
+            _require(shape.batch_size % parts == 0, f"{key}.batch_size",
+                     f"must divide by train.{divisor} ({parts}), got {shape.batch_size}")
+            fits = shape.height % self.model.patch_size == shape.width % self.model.patch_size == 0
+            _require(self.codec.kind != "pixels" or fits, f"{key}.height",
                      f"height and width must divide by model.patch_size ({self.model.patch_size})")
+        _require(self.guard.spike == "ignore" or self.train.mixed_precision != "fp16", "guard.spike",
+                 "fp16 scales the loss and leaves out updates by itself; guard against spikes in bf16 or fp32")
+
+    def shapes(self) -> list[tuple[str, ShapeConfig]]:
+        """Every clip shape of the run with its dotted key."""
+        return [(f"stages.{index}" + (f".buckets.{number}" if stage.buckets else ""), shape)
+                for index, stage in enumerate(self.stages) for number, shape in enumerate(stage.shapes)]
 
     @property
     def total_steps(self) -> int:
@@ -358,8 +444,8 @@ def _refuse_unknown_keys(kind: type, values: Any, prefix: str) -> None:
         inner = fields[key].type
         if dataclasses.is_dataclass(inner):
             _refuse_unknown_keys(inner, value, f"{prefix}{key}.")
-        elif inner == list[StageConfig]:
+        elif inner in (list[StageConfig], list[BucketConfig]):
             if not isinstance(value, list):
-                raise ValueError(f"{prefix}{key}: must be a list of stages, got {value!r}")
-            for index, stage in enumerate(value):
-                _refuse_unknown_keys(StageConfig, stage, f"{prefix}{key}.{index}.")
+                raise ValueError(f"{prefix}{key}: must be a list of {key}, got {value!r}")
+            for index, item in enumerate(value):
+                _refuse_unknown_keys(get_args(inner)[0], item, f"{prefix}{key}.{index}.")

@@ -1,7 +1,11 @@
 """Saving memory from outside a finished model, without changing its numbers, and telling what memory something will take."""
 
+import os
+import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -10,6 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from latte.config import ModelConfig
 from latte.model import Latte
+
+# dense bfloat16 operations a second, of the vendor's data sheets; longer names first
+DENSE_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+               "RTX 4090": 165e12, "RTX 3090": 71e12, "A10": 125e12}
 
 
 def checkpoint_blocks(model: Latte) -> None:
@@ -21,21 +29,93 @@ def checkpoint_blocks(model: Latte) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def kept_for_backward(cfg: ModelConfig, tokens: int, checkpointed: bool, autocast: bool) -> int:
-    """Bytes of a clip's activations that the backward pass needs, estimated: no text, no embeddings.
+def training_peak(cfg: ModelConfig, frames: int, height: int, width: int, clips: int, text_tokens: int, autocast: bool,
+                  checkpointed: bool, trained: int) -> int:
+    """Most bytes that a training step on `clips` latents [f c h w] takes at once: weights, gradients, activations, and of `trained`
+    parameters the two moments and the average. Nothing is computed and no memory taken.
 
-    A layer pair keeps 23 * width values a token in its spatial block and 20 * width in the temporal one; checkpointed, its two
-    inputs, and one spatial block at a time is computed again. Under autocast about 30 % more, because norms and residuals stay
-    float32; the inputs are float32 altogether.
+    Traced on fake tensors with one and with two layer pairs, between which memory grows by the same amount for each further pair.
+    On a CPU it is the profiler's count to the byte without block checkpointing, and up to an eighth above it with.
     """
-    wide = 2 if autocast else 4
-    if checkpointed:
-        return tokens * cfg.width * (2 * 4 * cfg.layers + 23 * wide)
-    return round(tokens * cfg.width * 43 * wide * cfg.layers * (1.3 if autocast else 1.0))
+    def traced(layers: int) -> int:
+        def make():
+            model = Latte(replace(cfg, layers=layers))
+            if checkpointed:
+                checkpoint_blocks(model)
+            x, t = torch.zeros(clips, frames, cfg.in_channels, height, width), torch.zeros(clips)
+            given = {"text": torch.zeros(clips, text_tokens, cfg.text_channels)} if cfg.conditioning == "text" else {}
+
+            def run():
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    y = model(x, t, **given)
+                y.float().square().mean().backward()
+
+            return run, (model, x, t, *given.values())
+
+        return peak(make, torch.float32, backward=True)
+
+    one, two = traced(1), traced(2)
+    return one + (cfg.layers - 1) * (two - one) + 12 * trained
 
 
-def peak(make: Callable[[], tuple[Callable[[], object], Iterable]], dtype: torch.dtype) -> int:
-    """Most bytes alive while a function runs without gradients. Nothing is computed and no memory taken: tensors are fake.
+def pair_seconds(cfg: ModelConfig, frames: int, height: int, width: int, clips: int, text_tokens: int, device: torch.device,
+                 dtype: torch.dtype) -> float:
+    """Seconds of a forward and backward pass of one layer pair on `clips` latents [f c h w], the best of three.
+
+    Of clips larger than 8192 tokens in all, only so many frames are timed, and the time scaled up.
+    """
+    tokens = height * width // cfg.patch_size**2
+    timed = max(1, min(frames, 8192 // (tokens * clips)))
+    model = Latte(replace(cfg, layers=1)).to(device)
+    x, t = torch.zeros(clips, timed, cfg.in_channels, height, width, device=device), torch.zeros(clips, device=device)
+    given = {"text": torch.zeros(clips, text_tokens, cfg.text_channels, device=device)} if cfg.conditioning == "text" else {}
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            y = model(x, t, **given)
+        y.float().square().mean().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds) * frames / timed
+
+
+def available(device: torch.device) -> int:
+    """Bytes of memory that a new process can have on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    facts = Path("/proc/meminfo")
+    if facts.is_file():  # counts what the file cache would give back
+        limits = [int(line.split()[1]) * 1024 for line in facts.read_text().splitlines() if line.startswith("MemAvailable")]
+    bound, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if bound.is_file() and used.is_file() and bound.read_text().strip().isdigit():
+        limits.append(int(bound.read_text()) - int(used.read_text()))
+    return min(limits)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product on this device: what model FLOPs utilisation is a share of.
+
+    The vendor's dense figure where the device's name tells it, else the best of a few products of 1024 x 1024 matrices.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    known = [rates for part, rates in DENSE_FLOPS.items() if part in name]
+    if known:
+        return known[0] if dtype != torch.float32 else known[0] / 2  # TF32
+    a = torch.ones(1024, 1024, dtype=dtype, device=device)
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        (a @ a).sum().item()
+        seconds.append(time.perf_counter() - started)
+    return 2 * 1024**3 / min(seconds)
+
+
+def peak(make: Callable[[], tuple[Callable[[], object], Iterable]], dtype: torch.dtype, backward: bool = False) -> int:
+    """Most bytes alive while a function runs, without gradients unless `backward`. Nothing is computed and no memory taken: tensors
+    are fake.
 
     make() returns the function and the modules and tensors that are there before it runs; what it makes is of `dtype` where
     nothing else is asked for. Attention counts as a CPU runs it; fused kernels of a GPU need no more.
@@ -43,7 +123,7 @@ def peak(make: Callable[[], tuple[Callable[[], object], Iterable]], dtype: torch
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(backward):
             run, held = make()
             tracker = MemTracker()
             tracker.track_external(*held)

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from latte.config import OptimConfig
 
@@ -17,15 +17,16 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=tuple(cfg.betas), eps=cfg.eps, fused=True)
 
 
-def lr_at(step: int, cfg: OptimConfig, total_steps: int) -> float:
-    """Learning rate of update `step` (from 0): linear warm-up, then constant, linear to 0, half a cosine to 0, or constant with
-    a linear end (warm-up, stable, decay: Hu et al., arXiv 2404.06395)."""
+def lr_at(step: int, cfg: OptimConfig, total_steps: int, rate: float = 0.0) -> float:
+    """Learning rate of update `step` (from 0), `rate` or else cfg.learning_rate at its height: linear warm-up, then constant,
+    linear to 0, half a cosine to 0, or constant with a linear end (warm-up, stable, decay: Hu et al., arXiv 2404.06395)."""
+    rate = rate or cfg.learning_rate
     if step < cfg.warmup_steps:
-        return cfg.learning_rate * (step + 1) / cfg.warmup_steps
+        return rate * (step + 1) / cfg.warmup_steps
     done = (step - cfg.warmup_steps) / max(1, total_steps - cfg.warmup_steps)
     shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)),
              "wsd": min(1.0, (1 - step / total_steps) / cfg.decay_share)}
-    return cfg.learning_rate * max(shape[cfg.schedule], 0.0)
+    return rate * max(shape[cfg.schedule], 0.0)
 
 
 class EMA:
@@ -39,8 +40,10 @@ class EMA:
         self.weights = {name: p.detach().float().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Takes in the parameters after update `step` (from 0)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+    def update(self, model: nn.Module, step: int, done: Tensor) -> None:
+        """Takes in the parameters after update `step` (from 0) where `done`, a scalar there, is 1, and nothing where it is 0."""
+        weight = (1 - min(self.decay, (1 + step) / (10 + step))) * done
         averages = list(self.weights.values())
-        torch._foreach_lerp_(averages, [p.detach().float() for p in model.parameters() if p.requires_grad], 1 - decay)
+        change = torch._foreach_sub([p.detach().float() for p in model.parameters() if p.requires_grad], averages)
+        torch._foreach_mul_(change, weight)
+        torch._foreach_add_(averages, change)

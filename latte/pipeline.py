@@ -26,7 +26,7 @@ from latte.config import (
     TextConfig,
 )
 from latte.model import Latte, frame_times
-from latte.text import TextEncoder, weight_bytes
+from latte.text import TextEncoder, padded, weight_bytes
 
 Condition = dict[str, torch.Tensor]
 PARTS = ("model_index.json", "transformer/*", "vae/*", "tokenizer/*", "text_encoder/*", "scheduler/*")
@@ -92,9 +92,11 @@ class Pipeline:
         return model_fn
 
 
-def conditions(cfg: Config, text: TextEncoder | None, captions: list[list[str]], device: torch.device | str) -> Condition:
+def conditions(cfg: Config, text: TextEncoder | None, captions: list[list[str]], device: torch.device | str,
+               cached: list[list[torch.Tensor]] | None = None) -> Condition:
     """What Latte.forward takes for captions [b][1+images]: text and mask, labels, or nothing. "" means no caption, no class.
 
+    cached: states [l d] of the captions, in place of the encoder's.
     A class is told by its name in data.class_names or by its number. Raises ValueError naming one that there is not.
     """
     rows = len(captions[0])
@@ -103,7 +105,10 @@ def conditions(cfg: Config, text: TextEncoder | None, captions: list[list[str]],
     if cfg.model.conditioning == "class":
         labels = torch.tensor([[_label(cfg, name) for name in row] for row in captions], device=device)  # [b rows]
         return {"labels": labels[:, 0] if rows == 1 else labels}
-    states, mask = text.encode([caption for row in captions for caption in row])  # [(b rows) l d], [(b rows) l]
+    if cached is None:
+        states, mask = text.encode([caption for row in captions for caption in row])  # [(b rows) l d], [(b rows) l]
+    else:
+        states, mask = padded([one for row in cached for one in row])
     if rows > 1:
         states, mask = states.unflatten(0, (-1, rows)), mask.unflatten(0, (-1, rows))
     return {"text": states.to(device), "text_mask": mask.to(device)}

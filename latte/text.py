@@ -45,10 +45,7 @@ class TextEncoder:
 
         States behind a caption's end are 0. A caption longer than text.max_tokens is cut.
         """
-        states = [self._states(caption).float() for caption in captions]
-        lengths = torch.tensor([len(s) for s in states], device=states[0].device)
-        mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]  # [b l]
-        return pad_sequence(states, batch_first=True), mask  # [b l d], [b l]
+        return padded([self._states(caption).float() for caption in captions])
 
     def pair(self, prompts: list[str], negative: str = "") -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """States and mask of the prompts, and of what guidance calls unconditional, as text.rules wants them.
@@ -93,6 +90,13 @@ class TextEncoder:
             while self._cached_bytes > self.cache_bytes and len(self._cache) > 1:
                 self._cached_bytes -= self._cache.pop(next(iter(self._cache))).nbytes  # the oldest
         return self._cache[caption]
+
+
+def padded(states: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """States [l d] of several captions as one tensor [b l d], 0 behind a caption's end, and their mask [b l] (True = keep)."""
+    lengths = torch.tensor([len(s) for s in states], device=states[0].device)
+    mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]  # [b l]
+    return pad_sequence(states, batch_first=True), mask  # [b l d], [b l]
 
 
 def weight_bytes(cfg: TextConfig) -> int:

@@ -1,16 +1,17 @@
 """Read, probe and write video files. Frames are uint8 RGB arrays [f h w 3]; times are seconds from the first frame.
 
 Frames are chosen by presentation timestamp, never by index, so a source may have any frame rate, also a variable one.
-PyAV brings its own FFmpeg: nothing has to be installed beside it.
+PyAV brings its own FFmpeg: nothing has to be installed beside it. decord and torchcodec can decode in its place.
 """
 
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from PIL import Image
 
+BACKENDS = ("pyav", "decord", "torchcodec")  # the default first; benchmarks/decode.py says why
 EPS_S = 1e-6  # a time this close to the middle of two frames belongs to the earlier one, whatever the rounding
 
 
@@ -28,6 +30,8 @@ class VideoInfo:
 
     width: int  # pixels as stored, before any rotation
     height: int
+    shown_width: int  # pixels of the upright picture in square pixels
+    shown_height: int
     fps: float  # average
     duration_s: float
     frames: int
@@ -51,47 +55,47 @@ def probe(path: str | Path, count: bool = False) -> VideoInfo:
             raise ValueError(f"{path}: no frame of it can be decoded")
         frames, duration = len(ends), ends[-1]
         fps = frames / duration
-    return VideoInfo(width=width, height=height, fps=fps, duration_s=duration, frames=frames, codec=codec)
+    first = next(_decode(path), None)  # only a frame tells the rotation
+    upright = (round(width * first.aspect), height) if first else (width, height)
+    upright = upright[::-1] if first and first.turns % 2 else upright
+    return VideoInfo(width=width, height=height, shown_width=upright[0], shown_height=upright[1], fps=fps, duration_s=duration,
+                     frames=frames, codec=codec)
 
 
 def read(path: str | Path, start_s: float = 0.0, frames: int = 128, fps: float = 8.0,
-         height: int | None = None, width: int | None = None) -> np.ndarray:
+         height: int | None = None, width: int | None = None, backend: str = "pyav") -> np.ndarray:
     """The frames nearest in time to start_s + i / fps, i = 0 .. frames - 1, as uint8 [f h w 3].
 
     With height and width, the upright picture in square pixels is scaled until it covers that size and cut to its
     centre. Decoding starts at the key frame before start_s. Raises ValueError naming the file if it is missing or
-    damaged, or if the video ends before the last wanted time.
+    damaged, or if the video ends before the last wanted time. Every one of BACKENDS chooses the same frames; a ValueError
+    naming the back-end says that it cannot be loaded or cannot decode the file.
     """
     if frames < 1 or fps <= 0 or start_s < 0:
         raise ValueError(f"{path}: cannot read {frames} frames at {fps} fps from {start_s} s; "
                          "frames and fps must be above 0 and the start not below")
-    return read_at(path, [start_s + i / fps for i in range(frames)], height, width)
+    return read_at(path, [start_s + i / fps for i in range(frames)], height, width, backend)
 
 
-def read_at(path: str | Path, wanted: list[float], height: int | None = None, width: int | None = None) -> np.ndarray:
-    """The frames nearest to the wanted times in seconds, which rise, as uint8 [f h w 3]; sizes and errors as in `read`."""
+def read_at(path: str | Path, wanted: list[float], height: int | None = None, width: int | None = None,
+            backend: str = "pyav", crop: float = 0.5) -> np.ndarray:
+    """The frames nearest to the wanted times in seconds, which rise, as uint8 [f h w 3]; sizes and errors as in `read`.
+
+    crop: where the cut to height and width lies on the side that is too long, 0 to 1; 0.5 is the centre.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"{path}: there is no decoding back-end {backend!r}; there are {', '.join(BACKENDS)}")
     if (height is None) != (width is None):
         raise ValueError(f"{path}: give both height and width, or neither")
+    chosen = _nearest(path, _decode(path, wanted[0]), wanted) if backend == "pyav" else _fetched(path, wanted, backend)
     picked: list[np.ndarray] = []
-    shown = None
-    for coming in itertools.chain(_decode(path, wanted[0]), [None]):
-        if shown:
-            # A frame is the nearest until half-way to the next one; the last frame lasts until its end.
-            until = (shown.start + coming.start) / 2 + EPS_S if coming else shown.end - EPS_S
-            count = sum(at <= until for at in wanted[len(picked):])
-            if count:
-                picked += [_picture(shown, height, width)] * count
-        if len(picked) == len(wanted):
-            return np.stack(picked)
-        if coming:
-            shown = coming
-    has = shown.end if shown else 0.0
-    raise ValueError(f"{path}: has {has:.2f} s of video, too little for the {len(wanted)} frames from {wanted[0]:g} s "
-                     f"to {wanted[-1]:g} s")
+    for shown, count in chosen:
+        picked += [_picture(shown.frame, height, width, shown.aspect, shown.turns, crop)] * count
+    return np.stack(picked)
 
 
-def read_images(paths: list[Path], height: int | None = None, width: int | None = None) -> np.ndarray:
-    """Image files as the frames of a clip, uint8 [f h w 3]; scaled and cut as in `read`. ValueError naming a damaged one."""
+def read_images(paths: list[Path], height: int | None = None, width: int | None = None, crop: float = 0.5) -> np.ndarray:
+    """Image files as the frames of a clip, uint8 [f h w 3]; scaled and cut as in `read_at`. ValueError naming a damaged one."""
     frames = []
     for path in paths:
         try:
@@ -99,7 +103,7 @@ def read_images(paths: list[Path], height: int | None = None, width: int | None 
                 frame = av.VideoFrame.from_ndarray(np.asarray(image.convert("RGB")), format="rgb24")
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: cannot be read as an image ({error})") from None
-        frames.append(_picture(_Shown(0.0, 0.0, frame, 1.0), height, width))
+        frames.append(_picture(frame, height, width, crop=crop))
     return np.stack(frames)
 
 
@@ -192,14 +196,37 @@ def _open(path):
     if not container.streams.video:
         container.close()
         raise ValueError(f"{path}: holds no video")
+    # Data workers are the parallelism here: more threads show the same pictures and wait for each other on busy cores.
+    container.streams.video[0].codec_context.thread_count = 1
     return container
 
 
 class _Shown(NamedTuple):
     start: float  # seconds from the first frame of the file
     end: float
-    frame: av.VideoFrame
+    frame: av.VideoFrame | int  # its number until it is fetched
     aspect: float  # width of a stored pixel / its height
+    turns: int  # quarter turns counter-clockwise that make it upright
+
+
+def _nearest(path, frames: Iterable[_Shown], wanted: list[float]) -> Iterator[tuple[_Shown, int]]:
+    """Every frame that is the nearest to a wanted time, and to how many of them. No other place chooses frames."""
+    left, shown = list(wanted), None
+    for coming in itertools.chain(frames, [None]):
+        if shown:
+            # A frame is the nearest until half-way to the next one; the last frame lasts until its end.
+            until = (shown.start + coming.start) / 2 + EPS_S if coming else shown.end - EPS_S
+            count = sum(at <= until for at in left)
+            if count:
+                yield shown, count
+            left = left[count:]
+        if not left:
+            return
+        if coming:
+            shown = coming
+    has = shown.end if shown else 0.0
+    raise ValueError(f"{path}: has {has:.2f} s of video, too little for the {len(wanted)} frames from {wanted[0]:g} s "
+                     f"to {wanted[-1]:g} s")
 
 
 def _decode(path, start_s: float = 0.0) -> Iterator[_Shown]:
@@ -220,7 +247,7 @@ def _decode(path, start_s: float = 0.0) -> Iterator[_Shown]:
                 if not usable:
                     break
                 end = start + (float(frame.duration * stream.time_base) if frame.duration else step)
-                yield _Shown(start, end, frame, aspect)
+                yield _Shown(start, end, frame, aspect, frame.rotation // 90 % 4)
         if not usable:
             yield from _decode(path)
     except av.error.FFmpegError as error:
@@ -235,16 +262,91 @@ def _seek(container, stream, timestamp: int) -> bool:
     return True
 
 
-def _picture(shown: _Shown, height: int | None, width: int | None) -> np.ndarray:
-    frame, turns = shown.frame, shown.frame.rotation // 90 % 4
+def _times(path, backend: str) -> list[_Shown]:
+    """When every frame is shown, by the packets of the file; one frame is decoded, for only a frame tells the rotation."""
+    spans, turns = [], None
+    try:
+        with _open(path) as container:
+            stream = container.streams.video[0]
+            base, origin, aspect = stream.time_base, stream.start_time or 0, float(stream.sample_aspect_ratio or 1)
+            step = float(1 / (stream.guessed_rate or stream.average_rate or 25))
+            for packet in container.demux(stream):
+                if turns is None:
+                    turns = next((frame.rotation // 90 % 4 for frame in packet.decode()), None)
+                if packet.size and not packet.is_discard:
+                    if packet.pts is None:
+                        raise ValueError(f"{path}: has no timestamps, which {backend} needs; the back-end pyav can read it")
+                    spans.append((packet.pts, packet.duration))
+    except av.error.FFmpegError as error:
+        raise ValueError(f"{path}: damaged after {len(spans)} frames ({error.strerror})") from error
+    times = [(float((pts - origin) * base), float(duration * base) if duration else step) for pts, duration in sorted(spans)]
+    return [_Shown(start, start + lasts, i, aspect, turns or 0) for i, (start, lasts) in enumerate(times)]
+
+
+def _fetched(path, wanted: list[float], backend: str) -> Iterator[tuple[_Shown, int]]:
+    """The frames of `_nearest` with the pictures of decord or torchcodec.
+
+    Both turn a picture upright; here it is turned back, so that it is scaled and cut as PyAV's is.
+    """
+    module, needs, opened = _OTHERS[backend]
+    try:
+        library = import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ValueError(f"the decoding back-end {backend} cannot be loaded; it needs {needs} ({_line(error)})") from error
+    frames = _times(path, backend)
+    chosen = list(_nearest(path, frames, wanted))  # a video that is too short is refused before any of it is decoded
+    try:
+        count, fetch = opened(library, str(path))
+        for shown, times in chosen:
+            image, start = fetch(shown.frame)
+            # decord's times are float32. It numbers frames that an edit list hides, and then shows the wrong ones.
+            if count != len(frames) or abs(start - shown.start) > 0.002:
+                raise ValueError(f"it finds {count} frames, number {shown.frame} at {start:.3f} s, where the file "
+                                 f"has {len(frames)}, that one at {shown.start:.3f} s")
+            image = np.ascontiguousarray(np.rot90(image, -shown.turns))
+            yield shown._replace(frame=av.VideoFrame.from_ndarray(image, format="rgb24")), times
+    except Exception as error:  # each of the libraries has its own kinds
+        raise ValueError(f"{path}: {backend} cannot decode it ({_line(error)})") from error
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def _decord(decord, path: str) -> tuple[int, Callable]:
+    # A reader that is opened in a parent hangs in a forked worker, so it lives no longer than one call.
+    reader = decord.VideoReader(path, num_threads=1)
+    return len(reader), lambda i: (reader[i].asnumpy(), float(reader.get_frame_timestamp([i])[0, 0]))
+
+
+def _torchcodec(decoders, path: str) -> tuple[int, Callable]:
+    decoder = decoders.VideoDecoder(path, dimension_order="NHWC", device="cpu")
+    origin = decoder.metadata.begin_stream_seconds_from_header or 0.0
+
+    def fetch(i):
+        frame = decoder.get_frame_at(i)
+        return frame.data.numpy(), frame.pts_seconds - origin
+
+    return len(decoder), fetch
+
+
+# back-end -> module, what it needs, and what gives its count of frames and: number -> (upright RGB picture, its time in s)
+_OTHERS = {
+    "decord": ("decord", "pip install decord==0.6.0", _decord),
+    "torchcodec": ("torchcodec.decoders", "pip install torchcodec==0.13.0 and FFmpeg's shared libraries", _torchcodec),
+}
+
+
+def _picture(frame: av.VideoFrame, height: int | None, width: int | None, aspect: float = 1.0, turns: int = 0,
+             crop: float = 0.5) -> np.ndarray:
     if height is None:
-        return np.rot90(frame.to_ndarray(format="rgb24"), turns)
+        return np.rot90(frame.to_ndarray(format="rgb24", threads=1), turns)
     if turns % 2:
         height, width = width, height
-    scale = max(height / frame.height, width / (frame.width * shown.aspect))
+    scale = max(height / frame.height, width / (frame.width * aspect))
     h = max(height, round(frame.height * scale))
-    w = max(width, round(frame.width * shown.aspect * scale))
+    w = max(width, round(frame.width * aspect * scale))
     interpolation = Interpolation.AREA if scale < 1 else Interpolation.BICUBIC
-    image = frame.reformat(width=w, height=h, format="rgb24", interpolation=interpolation).to_ndarray()
-    top, left = (h - height) // 2, (w - width) // 2
+    image = frame.reformat(width=w, height=h, format="rgb24", interpolation=interpolation, threads=1).to_ndarray()
+    top, left = int((h - height) * crop), int((w - width) * crop)
     return np.rot90(image[top:top + height, left:left + width], turns)

@@ -12,15 +12,16 @@ ROOT = Path(__file__).parent.parent
 # From the ground up. A module imports from floors below its own, and from its own package. A new module needs a place here.
 FLOORS = [
     {"latte.config", "latte.video", "latte.keyed"},
-    {"latte.attention", "latte.diffusion", "latte.optim", "latte.metrics", "latte.world"},
+    {"latte.attention", "latte.diffusion", "latte.optim", "latte.metrics", "latte.world", "latte.guard"},
     {"latte.model", "latte.sampler"},
     {"latte.codec", "latte.text", "latte.checkpoint", "latte.parallel", "latte.memory", "latte.runlog"},
-    {"latte.published", "latte.data"},
-    {"latte.lora"},
+    {"latte.published", "latte.clips", "latte.health"},
+    {"latte.cached", "latte.lora"},
+    {"latte.data"},
     {"latte.pipeline"},
     {"train", "sample", "latte.evaluate", "latte.reproduce", "latte.app"},
 ]
-FOR_DATA_TOOLS = {"latte.config", "latte.video", "latte.world", "latte.text", "latte.codec"}
+FOR_DATA_TOOLS = {"latte.config", "latte.video", "latte.world", "latte.text", "latte.codec", "latte.clips", "latte.cached"}
 
 
 def python_files(*places):
@@ -136,7 +137,7 @@ def settings():
     for owner in classes:
         sections = {field for held in fields.values() for field, kind in held.items() if re.search(rf"\b{owner}\b", kind)}
         for field in fields[owner]:
-            yield owner, field, sections | {section.removesuffix("s") for section in sections}
+            yield owner, field, sections | {section.removesuffix("s") for section in sections} | {owner.removesuffix("Config").lower()}
 
 
 def reads():

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 import train
-from latte import checkpoint, config, pipeline, video
+from latte import checkpoint, config, parallel, pipeline, video
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"
@@ -25,7 +26,7 @@ SHORT = ["stages.0.steps=3", "stages.1.steps=3", "train.save_every_steps=3", "tr
 @pytest.fixture(autouse=True)
 def fresh_state():
     """Every run of the program starts with no accelerator and with the default signal handlers."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -100,31 +101,42 @@ def test_loader_workers_change_nothing(plain, tmp_path):
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-def test_accumulated_micro_batches_are_one_big_batch(plain, tmp_path, parts):
-    assert run(tmp_path, f"train.micro_batches={parts}") == 0
-    assert checkpoint.read(tmp_path).step == 6
-    assert distance(weights(plain), weights(tmp_path)) < 1e-6
-    assert [l for _, l in losses(tmp_path)] == pytest.approx([l for _, l in losses(plain)], abs=1e-6)
+def test_accumulated_micro_batches_are_one_big_batch(tmp_path, parts):
+    # Adam divides by the gradient's size: with its usual eps a weight whose gradient is all rounding error moves by up to 2e-6
+    whole, split = tmp_path / "whole", tmp_path / "split"
+    assert run(whole, "optim.eps=1e-6") == 0
+    assert run(split, "optim.eps=1e-6", f"train.micro_batches={parts}") == 0
+    assert checkpoint.read(split).step == 6
+    assert distance(weights(whole), weights(split)) < 1e-6
+    assert [l for _, l in losses(split)] == pytest.approx([l for _, l in losses(whole)], abs=1e-6)
+
+
+def launch(folder: Path, processes: int, *overrides: str, stop: tuple[str, int, str] | None = None) -> subprocess.CompletedProcess:
+    """Trains on several processes, in each of which a signal comes at a place (see stopping.py) or none."""
+    # accelerate starts several processes of one machine through its multi-GPU launcher; the variable keeps them on CPU
+    several = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1",
+               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [sys.executable, *(several if processes > 1 else []),
+               *(["tests/stopping.py", *map(str, stop)] if stop else ["train.py"]), str(TINY), *SHORT, f"run={folder}", *overrides]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert stop or done.returncode == 0, done.stderr[-2000:]
+    assert f"on {processes} process(es)" in done.stdout + done.stderr
+    return done
 
 
 def test_two_processes_are_one(plain, tmp_path):
-    # accelerate starts several processes of one machine through its multi-GPU launcher; the variable keeps them on CPU
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "train.py", str(TINY), *SHORT,
-               f"run={tmp_path}"]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True,
-                          timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "on 2 process(es)" in done.stdout + done.stderr
+    done = launch(tmp_path, 2)
     assert distance(weights(plain), weights(tmp_path)) < 1e-6
     assert [l for _, l in losses(tmp_path)] == pytest.approx([l for _, l in losses(plain)], abs=1e-6)
     assert done.stdout.count("parameters sha256: ") == 1
 
 
-def test_a_signal_saves_and_the_same_command_goes_on(plain, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_same_command_goes_on(plain, tmp_path, monkeypatch, number, code):
     with monkeypatch.context() as patched:
-        patched.setattr(train.RunLog, "step", lambda self, stage: os.kill(os.getpid(), signal.SIGTERM))
-        assert run(tmp_path) == train.INTERRUPTED
+        patched.setattr(train.RunLog, "step", lambda self, stage: os.kill(os.getpid(), number))
+        assert run(tmp_path) == code
     assert checkpoint.read(tmp_path).step == 1
     assert run(tmp_path) == 0
     assert distance(weights(plain), weights(tmp_path)) == 0
@@ -238,3 +250,231 @@ def test_unconditional_video_trains_without_captions(tmp_path):
     cfg = config.load(TINY, [*changes, f"run={tmp_path / 'run'}", "model.conditioning=none", "model.modulation=block"])
     assert train.train(cfg) == 0
     assert pipeline.load(str(tmp_path / "run"))([""], [0], 4, 32, 32).shape == (1, 4, 32, 32, 3)
+
+
+def single_threaded():
+    """make_deterministic changes the whole process; this puts it back."""
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(1)
+
+
+def test_deterministic_mode_has_the_same_bits_however_a_batch_is_split_and_a_run_is_stopped(tmp_path):
+    """1, then 2, then 4, then 1 process, with loader workers, against one process that is never stopped."""
+    alone, mixed = tmp_path / "alone", tmp_path / "mixed"
+    try:
+        assert run(alone, "train.deterministic=true") == 0
+        assert run(tmp_path / "parts", "train.deterministic=true", "train.micro_batches=2") == 0
+    finally:
+        single_threaded()
+    assert distance(weights(alone), weights(tmp_path / "parts")) == 0
+    for processes, updates in ((1, 1), (2, 2), (4, 1), (1, 2)):
+        launch(mixed, processes, "train.deterministic=true", f"data.workers={processes % 2}", stop=("step", updates, "SIGTERM"))
+    for name in ("model", "ema", "optimizer"):
+        assert distance(weights(alone, name), weights(mixed, name)) == 0, name
+    assert (alone / "parameters.sha256").read_text() == (mixed / "parameters.sha256").read_text()
+
+
+def test_deterministic_mode_is_the_plain_run_up_to_rounding(plain, tmp_path):
+    try:
+        assert run(tmp_path, "train.deterministic=true", "train.unit_clips=2") == 0
+    finally:
+        single_threaded()
+    assert distance(weights(plain), weights(tmp_path)) < 3e-6
+    with pytest.raises(ValueError, match="needs 1, 2, 4, 8"):
+        parallel.FixedOrder([], 0, 3)
+
+
+@pytest.mark.parametrize(("where", "number"), [("loader", 20), ("step", 4), ("write", 2), ("hash", 5), ("rename", 2), ("prune", 3)])
+def test_a_killed_run_goes_on_to_the_same_weights(plain, tmp_path, where, number):
+    """SIGKILL in a loader process, after an update, and at every point of a checkpoint's writing."""
+    settings = [str(TINY), *SHORT, f"run={tmp_path}", "train.save_every_steps=1", f"data.workers={int(where == 'loader')}"]
+    command = [sys.executable, "tests/stopping.py", where, str(number), "SIGKILL", *settings]
+    killed = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert run(tmp_path, "train.save_every_steps=1") == 0
+    for name in ("model", "ema", "optimizer"):
+        assert distance(weights(plain, name), weights(tmp_path, name)) == 0, name
+    assert not list(tmp_path.glob("*.writing"))
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "flipped":
+        content[len(content) // 2] ^= 1
+    path.unlink() if how == "missing" else path.write_bytes(content[:len(content) // 2] if how == "cut" else content)
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "missing"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_broken_checkpoint_is_passed_over_for_the_one_before(plain, tmp_path, capsys, how, name):
+    shutil.copytree(plain, tmp_path / "run")
+    damage(checkpoint.latest(tmp_path / "run") / name, how)
+    assert run(tmp_path / "run") == 0
+    said = capsys.readouterr().out
+    assert "from update 3 to 6" in said
+    assert "passed over a damaged checkpoint" in said or (name, how) == ("state.json", "missing")
+    assert distance(weights(plain), weights(tmp_path / "run")) == 0
+    for path in checkpoint._all(tmp_path / "run"):
+        damage(path / "model.safetensors", "cut")
+    with pytest.raises(ValueError, match="none of its 2 checkpoints is whole; move them away to start anew"):
+        run(tmp_path / "run")
+
+
+def test_two_programs_do_not_share_a_run_and_a_lock_left_behind_stops_nobody(tmp_path):
+    (tmp_path / "lock").write_text("of a process that died")
+    held = subprocess.Popen([sys.executable, "-c", f"from latte import checkpoint; f = checkpoint.lock({str(tmp_path)!r}); "
+                             "print('held', flush=True); input()"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert held.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="another process trains here"):
+            run(tmp_path)
+    finally:
+        held.kill()
+        held.wait()
+    assert run(tmp_path, "stages.0.steps=1", "stages.1.steps=1") == 0
+
+
+def test_a_folder_that_cannot_be_written_is_one_error_before_any_work(tmp_path, monkeypatch, capsys):
+    def refuse(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpoint, "open", refuse, raising=False)
+    assert train.main([str(TINY), f"run={tmp_path / 'run'}"]) == 1
+    assert "Permission denied" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_the_newest_checkpoints_and_every_nth_are_kept(tmp_path):
+    assert run(tmp_path, "train.save_every_steps=1", "train.keep_checkpoints=2", "train.keep_every_steps=2") == 0
+    assert [path.name for path in checkpoint._all(tmp_path)] == [f"step-{n:08d}" for n in (2, 4, 5, 6)]
+
+
+def test_the_clock_saves_too(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(checkpoint.Writer, "save", lambda self, step, *args: saved.append(step))
+    assert run(tmp_path, "train.save_every_steps=100", "train.save_every_minutes=0.00001") == 0
+    assert saved == [1, 2, 3, 4, 5, 6]
+
+
+def events(folder: Path, kind: str) -> list[dict]:
+    path = folder / "events.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [row for row in rows if row["event"] == kind]
+
+
+def poisoned(monkeypatch, steps: dict[int, float]):
+    """Multiplies the loss of these updates' first samples, and with it the gradients."""
+    real = train._Run._losses
+
+    def losses(self, part):
+        values, times = real(self, part)
+        return values * torch.tensor([steps.get(part.step, 1.0)] + [1.0] * (len(values) - 1)), times
+
+    monkeypatch.setattr(train._Run, "_losses", losses)
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_an_update_that_is_not_finite_is_skipped_and_explained(tmp_path, monkeypatch, factor):
+    folder = tmp_path / "run"
+    poisoned(monkeypatch, {2: factor})
+    before = {}
+
+    def keep(self, stage):
+        before[self.bar.n] = {name: p.clone() for name, p in seen[0].weights.items()}
+        real(self, stage)
+
+    seen, real, made = [], train.RunLog.step, train.EMA.__init__
+    monkeypatch.setattr(train.RunLog, "step", keep)
+    monkeypatch.setattr(train.EMA, "__init__", lambda self, *args: seen.append(self) or made(self, *args))
+    assert run(folder) == 0
+    assert distance(before[1], before[2]) == 0 and distance(before[0], before[1]) > 0  # the average stood still, then went on
+    assert all(torch.isfinite(value).all() for value in weights(folder).values())
+    assert {v.item() for k, v in weights(folder, "optimizer").items() if k.endswith("/step")} == {5}
+    [event] = events(folder, "non-finite")
+    assert event["step"] == 3 and sorted(event["positions"]) == list(range(16, 24)) and len(event["times"]) == 8
+    report = json.loads((folder / "reports" / "update-00000003.json").read_text())
+    assert report["samples"][0]["position"] == 16 and report["samples"][0]["loss"] in ("nan", "inf")
+    assert [row["skipped"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())] == [0, 0, 1, 0, 0, 0]
+
+
+def test_too_many_skipped_updates_in_a_row_stop_the_run_and_keep_the_checkpoint(tmp_path, monkeypatch):
+    poisoned(monkeypatch, {3: float("nan"), 4: float("nan"), 5: float("nan")})
+    with pytest.raises(ValueError, match="guard.max_skipped: 2 updates in a row were skipped"):
+        run(tmp_path, "guard.max_skipped=2")
+    assert checkpoint.read(tmp_path).step == 3 and len(events(tmp_path, "non-finite")) == 1
+
+
+LONG = ["stages.0.steps=20", "stages.1.steps=1", "guard.window=8", "train.save_every_steps=4", "train.log_every_steps=100"]
+
+
+def test_a_spike_is_skipped(tmp_path, monkeypatch):
+    poisoned(monkeypatch, {13: 1e4})
+    assert run(tmp_path / "ignored", *LONG) == 0
+    assert run(tmp_path / "skipped", *LONG, "guard.spike=skip") == 0
+    assert not events(tmp_path / "ignored", "spike")
+    [event] = events(tmp_path / "skipped", "spike")
+    assert event["step"] == 14 and "samples 104" in event["text"]
+    report = json.loads((tmp_path / "skipped" / "reports" / "update-00000014.json").read_text())
+    assert report["loss"] > report["loss_limit"] or report["grad_norm"] > report["grad_norm_limit"]
+    assert set(report["grad_norm_of"]) >= {"spatial.attn", "temporal.mlp", "out"}
+
+
+def test_a_spike_takes_the_run_back_and_its_batch_is_left_out(tmp_path, monkeypatch):
+    """The same weights as a run whose data never had that batch; also when it is killed after going back."""
+    poisoned(monkeypatch, {13: 1e4})
+    spiked, without = tmp_path / "spiked", tmp_path / "without"
+    assert run(spiked, *LONG, "guard.spike=rollback") == 0
+    assert [event["step"] for event in events(spiked, "rollback")] == [14] and events(spiked, "left out")
+    steps = [row["step"] for row in map(json.loads, (spiked / "metrics.jsonl").read_text().splitlines())]
+    assert steps == sorted(set(steps))
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "Guard", lambda cfg, state=None: train_guard(cfg, {**(state or {}), "left_out": [13]}))
+        assert run(without, *LONG) == 0
+    assert distance(weights(spiked), weights(without)) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(train.RunLog, "rewind", lambda self, step: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path / "killed", *LONG, "guard.spike=rollback")
+    assert run(tmp_path / "killed", *LONG, "guard.spike=rollback") == 0
+    assert distance(weights(spiked), weights(tmp_path / "killed")) == 0
+
+
+train_guard = train.Guard
+
+
+def test_a_run_that_spikes_again_and_again_stops_with_its_reports(tmp_path, monkeypatch):
+    poisoned(monkeypatch, {9: 1e4, 13: 1e4, 15: 1e4})
+    with pytest.raises(ValueError, match=r"guard\.rollbacks: update 16 is a spike after 2 rollbacks"):
+        run(tmp_path, *LONG, "guard.spike=rollback", "guard.rollbacks=2")
+    assert len(events(tmp_path, "rollback")) == 2 and len(list((tmp_path / "reports").glob("*.json"))) == 3
+
+
+def test_health_is_in_the_metrics(plain):
+    row = json.loads((plain / "metrics.jsonl").read_text().splitlines()[-1])
+    for key in ("grad_norm", "grad_norm/spatial.cross", "update_ratio/temporal.attn", "loss_of_frames/8", "tokens_per_s", "mfu",
+                "memory_gib", "loader_wait", "checkpoint_wait", "lr"):
+        assert row[key] >= 0, key
+    by_time = [value for key, value in row.items() if key.startswith("loss_at_time/")]
+    assert 1 <= len(by_time) <= 4 and 0 < row["mfu"] < 1
+    groups = [value for key, value in row.items() if key.startswith("grad_norm/")]
+    assert sum(value**2 for value in groups) ** 0.5 == pytest.approx(row["grad_norm"], rel=1e-5)
+    assert all(1e-5 < value < 0.2 for key, value in row.items() if key.startswith("update_ratio/patch"))
+
+
+def test_buckets_train_with_a_learning_rate_of_their_stage(tmp_path):
+    mixed = "stages=[{steps: 6, learning_rate: 0.01, buckets: [{frames: 1, height: 32, width: 32, batch_size: 4}," \
+            "{frames: 4, height: 16, width: 32, batch_size: 2}]}]"
+    assert train.train(config.load(TINY, [*SHORT[2:], f"run={tmp_path}", "optim.schedule=constant", mixed])) == 0
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {key for row in rows for key in row if key.startswith("loss_of_frames")} == {"loss_of_frames/1", "loss_of_frames/4"}
+    assert [row["lr"] for row in rows] == [0.005, *[0.01] * 5]
+
+
+def test_what_cannot_fit_is_refused_before_it_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.memory, "available", lambda device: 2**20)
+    with pytest.raises(ValueError, match=r"stages\.1: the run needs at most .* GiB of memory .*train\.refuse_misfit=false"):
+        run(tmp_path / "a")
+    assert run(tmp_path / "b", "train.refuse_misfit=false", "stages.0.steps=1", "stages.1.steps=1") == 0
+    monkeypatch.undo()
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
+    with pytest.raises(ValueError, match=r"train\.keep_checkpoints: the run needs .*of disk"):
+        run(tmp_path / "c")

@@ -1,0 +1,87 @@
+"""Several processes: what they must agree on, and gradients whose bits do not depend on how many they are."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def make_deterministic(device: torch.device) -> None:
+    """The same kernels and order of sums in every process: on a CPU one thread each, on a GPU no autotuned or racing kernels.
+
+    On a GPU, cuBLAS wants CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment besides, and says so.
+    """
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+
+
+class FixedOrder:
+    """The gradient of a batch as a sum over its units in one fixed order, whatever the number of processes.
+
+    A unit is a few clips whose gradient is computed together. The units of the global batch are the leaves of a binary tree that
+    halves it again and again. Each of 1, 2, 4, ... processes holds a whole subtree, whose sum has the same bits anywhere; then
+    processes add theirs pairwise up the tree, both sides of a pair computing the same sum. Beside DDP's all-reduce this sends
+    log2(ranks) instead of 2 (ranks - 1) / ranks gradients, and keeps log2(units) of them.
+    Raises ValueError when `ranks` is no power of two.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], rank: int, ranks: int):
+        if ranks & (ranks - 1):
+            raise ValueError(f"train.deterministic: needs 1, 2, 4, 8, ... processes, got {ranks}")
+        self.parameters, self.rank, self.ranks = [p for p in parameters if p.requires_grad], rank, ranks
+
+    def backward(self, units: Sequence, run: Callable[[object], Tensor]) -> Tensor:
+        """Calls run(unit), which computes gradients and returns the unit's loss, for each of this process's units. Leaves the sum
+        over all units of all processes in the parameters' .grad and returns the summed loss."""
+        total = self._subtree(units, run)
+        level = 1
+        while level < self.ranks:
+            _add(total, _exchange(total, self.rank ^ level))
+            level *= 2
+        *grads, loss = total
+        for parameter, grad in zip(self.parameters, grads, strict=True):
+            parameter.grad = grad
+        return loss
+
+    def _subtree(self, units: Sequence, run: Callable[[object], Tensor]) -> list[Tensor]:
+        if len(units) == 1:
+            for parameter in self.parameters:
+                parameter.grad = None
+            loss = run(units[0])
+            return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters] + [loss.detach().float()]
+        total = self._subtree(units[:len(units) // 2], run)
+        _add(total, self._subtree(units[len(units) // 2:], run))
+        return total
+
+
+def _add(total: list[Tensor], other: list[Tensor]) -> None:
+    torch._foreach_add_(total, other)
+
+
+def _exchange(mine: list[Tensor], peer: int) -> list[Tensor]:
+    """What `peer` holds in tensors of these shapes, which gets these in turn."""
+    flat = torch.cat([value.reshape(-1).float() for value in mine])
+    theirs = torch.empty_like(flat)
+    for request in dist.batch_isend_irecv([dist.P2POp(dist.isend, flat, peer), dist.P2POp(dist.irecv, theirs, peer)]):
+        request.wait()
+    parts = theirs.split([value.numel() for value in mine])
+    return [part.view_as(value) for part, value in zip(parts, mine, strict=True)]
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, on each of them."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def gathered(values: list) -> list:
+    """The lists of all processes, one after the other, on each of them."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return values
+    parts: list = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, values)
+    return [value for part in parts for value in part]
