@@ -322,8 +322,8 @@ class _Run:
         found, _ = checkpoint.newest_good(self.cfg.run, step)
         self.guard.roll_back(step)
         if found is None:
-            raise ValueError(f"guard.spike: update {step + 1} is a spike, and there is no checkpoint before it to go back to; use a "
-                             "smaller train.save_every_steps, or guard.spike=skip")
+            raise ValueError(f"guard.spike: update {step + 1} is a spike, and there is no checkpoint before it to go back to; "
+                             "use a smaller train.save_every_steps, or guard.spike=skip")
         count, left_out = self.guard.rollbacks, self.guard.left_out
         self.guard = Guard(self.cfg.guard, {**found.guard, "rollbacks": count, "left_out": sorted(left_out)})
         log.event("rollback", step + 1, f"back to update {found.step} because of the spike at update {step + 1}; "
@@ -383,8 +383,8 @@ def _check_room(cfg: config.Config, codec: VideoCodec, device: torch.device, ran
     if peak > free / 2:
         key, peak = max(((key, _peak(cfg, shape, clips, trained)) for key, _, clips, shape in _passes(cfg, codec, ranks)),
                         key=lambda pair: pair[1])
-    text = f"needs at most {peak / 2**30:.1f} GiB of memory a process ({key}; {free / 2**30:.1f} GiB free) and {disk / 2**30:.1f} GiB " \
-           f"of disk for {kept} checkpoints ({room / 2**30:.1f} GiB free)"
+    need, have, files, left = (f"{value / 2**30:.1f} GiB" for value in (peak, free, disk, room))
+    text = f"needs at most {need} of memory a process ({key}; {have} free) and {files} of disk for {kept} checkpoints ({left} free)"
     if cfg.train.refuse_misfit and (peak > free or disk > room):
         hint = "try train.checkpoint_blocks=true, more train.micro_batches or a smaller batch" if peak > free else (
             "keep fewer checkpoints")
@@ -475,14 +475,14 @@ def plan(cfg: config.Config) -> str:
             key = f"stages.{index}" + (f".buckets.{number}" if stage.buckets else "")
             hours += stage.steps * share * seconds[key] / 3600
             flop += stage.steps * share * work[key]
-    lines.append(f"all stages: {cfg.total_steps} updates, {flop / 1e15:.3f} PFLOP with {cfg.text.max_tokens} text tokens; about {hours:.2f} h "
-                 f"on one {device.type} as timed here, from one layer pair; without loading, encoding and the optimizer")
+    lines.append(f"all stages: {cfg.total_steps} updates, {flop / 1e15:.3f} PFLOP with {cfg.text.max_tokens} text tokens; about "
+                 f"{hours:.2f} h on one {device.type}, from one layer pair timed here, without loading, encoding and the optimizer")
     if cfg.train.deterministic:
         key, _, together, (f, _, h, w) = passes[-1]
         batch = cfg.shapes()[-1][1].batch_size
         whole = memory.pair_seconds(cfg.model, f, h, w, batch, cfg.text.max_tokens, device, dtype)
         alone = memory.pair_seconds(cfg.model, f, h, w, together, cfg.text.max_tokens, device, dtype) * batch / together
-        lines.append(f"deterministic mode: {alone / whole - 1:+.1%} time for {key} in units of {together} instead of batches of {batch}")
+        lines.append(f"deterministic mode: {alone / whole - 1:+.1%} time for {key}, in units of {together} instead of {batch}")
     try:
         lines.append(_check_room(cfg, codec, device, 1))
     except ValueError as error:

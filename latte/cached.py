@@ -50,7 +50,7 @@ class CachedClips:
             raise ValueError(f"data.variants: the cache {self.folder} holds {self._stored} of each clip, not {cfg.variants}; "
                              f"set data.variants={self._stored} or run data_tools.cache again")
         self.variants = cfg.variants or self._stored
-        self.classes = self._index["classes"]
+        self.classes, self.dropped = self._index["classes"], self._index["dropped"]
         self.channels, self.factor, self.time_factor, self.text_width = (
             self._index[name] for name in ("channels", "factor", "time_factor", "text_width"))
         self._held = {(*held["shape"][:3], tuple(held["shape"][3])): held for held in self._index["shapes"]}

@@ -91,6 +91,13 @@ class VideoCodec:
         """
         if self.vae is None:
             return x
+        mean, std = self.posterior(x)
+        return mean if noise is None else mean + std * noise
+
+    @torch.no_grad()
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and spread of the VAE's posterior of pixels [b f 3 h w], scaled as latents are: [b f' c h' w'] float32 each."""
+        x = x.contiguous()  # other layouts in memory have other kernels, which round differently
         b, f, _, h, w = x.shape
         latents, _, _, _ = self.latent_shape(f, h, w)
         if self.time_factor == 1:
@@ -105,8 +112,7 @@ class VideoCodec:
         else:
             moments = rearrange(moments, "b c f h w -> b f c h w")
         mean, std = moments.chunk(2, dim=2)  # [b f' c h' w'] each
-        z = mean if noise is None else mean + std * noise
-        return (z - self.mean) * self.scale
+        return (mean - self.mean) * self.scale, std * self.scale
 
     @torch.no_grad()
     def decode(self, z: Tensor, frames: int | None = None) -> Tensor:

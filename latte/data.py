@@ -101,7 +101,8 @@ def table(clips: Source, stages: list[StageConfig]) -> str:
             if pool.size == 0 and not isinstance(clips, WorldClips):
                 key = f"stages.{index}" + (f".buckets.{number}" if stage.buckets else "")
                 raise ValueError(f"{key}: no clip fits this bucket of {shape} ({reasons or 'the source is empty'})")
-            lines.append(f"{index:5d} {number:6d}  {shape!s:38s} {round(stage.steps * share):7d} {shape.batch_size:6d} {pool.size or 'endless':>10}  "
+            held = pool.size or "endless"
+            lines.append(f"{index:5d} {number:6d}  {shape!s:38s} {round(stage.steps * share):7d} {shape.batch_size:6d} {held:>10}  "
                          f"{reasons or '-'}")
     return "\n".join(lines)
 

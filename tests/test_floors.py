@@ -137,7 +137,8 @@ def settings():
     for owner in classes:
         sections = {field for held in fields.values() for field, kind in held.items() if re.search(rf"\b{owner}\b", kind)}
         for field in fields[owner]:
-            yield owner, field, sections | {section.removesuffix("s") for section in sections} | {owner.removesuffix("Config").lower()}
+            one = {section.removesuffix("s") for section in sections} | {owner.removesuffix("Config").lower()}
+            yield owner, field, sections | one
 
 
 def reads():

@@ -1,0 +1,138 @@
+"""The manifest: a Parquet file with a row a clip, what every stage of data preparation reads and writes.
+
+    python -m data_tools.manifest FOLDER OUT.parquet     lists a folder of videos with captions (latte.clips, layout `captions`)
+
+No row ever vanishes: a clip that cannot be used keeps its row, with the reason in `dropped`. Then train with data.source=manifest
+data.path=OUT.parquet.
+"""
+
+import argparse
+import hashlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+try:
+    import pyarrow as pa  # of the extra [data]
+    import pyarrow.parquet as pq
+except ImportError as error:
+    raise ImportError("manifests need pyarrow, which is not installed: pip install pyarrow") from error
+from tqdm import tqdm
+
+from latte import clips, video
+
+TEXT = pa.string()
+SCHEMA = pa.schema([
+    pa.field("id", TEXT, nullable=False),  # hash of the file's bytes and the span
+    pa.field("source", TEXT),  # the collection it is from
+    pa.field("source_id", TEXT),  # its name there
+    pa.field("path", TEXT, nullable=False),  # from the manifest's folder
+    pa.field("start_s", pa.float64()),  # from the file's first frame
+    pa.field("end_s", pa.float64()),
+    pa.field("width", pa.int32()),  # upright, in square pixels
+    pa.field("height", pa.int32()),
+    pa.field("fps", pa.float64()),  # average
+    pa.field("frames", pa.int64()),
+    pa.field("field_order", TEXT),  # progressive, tff, bff, telecine; null = not looked at
+    pa.field("caption", TEXT),  # the one to train on
+    pa.field("caption_source", TEXT),  # file, or the captioner
+    pa.field("captions", pa.struct([(name, TEXT) for name in ("short", "dense", "camera", "subjects", "style", "events")])),
+    pa.field("scores", pa.map_(TEXT, pa.float64())),
+    pa.field("edits", pa.list_(pa.struct([("step", TEXT), ("settings", TEXT), ("version", TEXT)]))),  # done to the pixels
+    pa.field("dropped", TEXT),  # the reason, or null
+    pa.field("licence", TEXT),
+    pa.field("sha256", TEXT),  # of the file
+])
+
+
+def read(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a manifest. Raises ValueError naming the file when it is missing, damaged or of another schema."""
+    try:
+        table = pq.read_table(path)
+        if set(table.column_names) != set(SCHEMA.names):
+            wrong = sorted(set(table.column_names) ^ set(SCHEMA.names))
+            raise ValueError(f"{path}: not a manifest of this version; columns missing or unknown: {', '.join(wrong)}")
+        return table.select(SCHEMA.names).cast(SCHEMA).to_pylist(maps_as_pydicts="strict")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such manifest") from None
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as a manifest ({error})") from None
+
+
+def write(path: str | Path, rows: list[dict[str, Any]]) -> None:
+    """Writes rows beside `path`, then renames. A column that a row lacks is null.
+
+    Raises ValueError naming the row's unknown column or wrong value, OSError with the path when it cannot be written.
+    """
+    path = Path(path)
+    for row in rows:
+        unknown = sorted(set(row) - set(SCHEMA.names))
+        if unknown or not row.get("id") or not row.get("path"):
+            raise ValueError(f"{path}: a row needs id and path and knows no {', '.join(unknown) or 'others'}: {row}")
+    try:
+        table = pa.Table.from_pylist(rows, SCHEMA)
+    except (pa.ArrowException, TypeError) as error:
+        raise ValueError(f"{path}: a value does not fit the manifest's schema ({error})") from None
+    beside = path.with_name(f"{path.name}.writing")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, beside)
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        os.rename(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(f"{path}: could not be written ({error})") from error
+
+
+def row(path: Path, caption: str, folder: Path, out: Path) -> dict[str, Any]:
+    """The row of a whole video file of `folder`, for a manifest `out`."""
+    name = Path(os.path.relpath(path, folder)).as_posix()
+    found = {"id": "", "source": folder.resolve().name, "source_id": name,
+             "path": Path(os.path.relpath(path.resolve(), out.resolve().parent)).as_posix(),
+             "caption": caption.strip() or None, "caption_source": "file" if caption.strip() else None, "edits": [], "scores": {}}
+    try:
+        found["sha256"] = _sha256(path)
+        info = video.probe(path)
+        video.read_at(path, [0.0])  # the header may promise what cannot be decoded
+        found |= {"start_s": 0.0, "end_s": info.frames / info.fps, "width": info.shown_width, "height": info.shown_height,
+                  "fps": info.fps, "frames": info.frames}
+        if not caption.strip():
+            found["dropped"] = "no caption"
+    except (ValueError, OSError, ZeroDivisionError) as error:
+        found["dropped"] = f"unreadable ({str(error).removeprefix(f'{path}: ')})"
+    about = f"{found.get('sha256') or name} {found.get('start_s')} {found.get('end_s')}"
+    return found | {"id": hashlib.sha256(about.encode()).hexdigest()}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m data_tools.manifest", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="videos anywhere below, name.txt beside name.mp4, or captions.csv")
+    parser.add_argument("out", type=Path, help="the manifest, .parquet")
+    args = parser.parse_args(argv)
+    try:
+        if not args.folder.is_dir():
+            raise ValueError(f"{args.folder}: is not a folder")
+        listed = list(clips._captioned(args.folder))
+        if not listed:
+            raise ValueError(f"{args.folder}: holds no video ({', '.join(clips.VIDEO_SUFFIXES)})")
+        rows = [row(path, caption, args.folder, args.out) for path, caption, _ in tqdm(listed, unit=" clips")]
+        write(args.out, rows)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    dropped = [found for found in rows if found.get("dropped")]
+    for found in dropped:
+        print(f"dropped {found['source_id']}: {found['dropped']}")
+    print(f"{args.out}: {len(rows)} clips, {len(dropped)} of them dropped")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
