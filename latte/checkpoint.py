@@ -3,8 +3,8 @@
     step-00000500/  model.safetensors  ema.safetensors  optimizer.safetensors  state.json
 
 state.json holds the step (which is the data position too: order and randomness are functions of it), the resolved config,
-library versions, what the guard remembers and the SHA-256 of every other file. A checkpoint to share holds ema.safetensors
-and state.json alone.
+library versions, what the guard remembers, the SHA-256 of every other file and its own. A checkpoint to share holds
+ema.safetensors and state.json alone.
 Nothing in a checkpoint can run code when it is loaded.
     python -m latte.checkpoint RUN OUT [sampler.key=value ...]     makes one to share from a run's newest checkpoint
 """
@@ -120,7 +120,7 @@ def write(path: Path, step: int, cfg: config.Config, tensors: dict[str, dict[str
             save_file({k: v.detach().cpu().contiguous() for k, v in values.items()}, beside / name)
         state = {"format": FORMAT, "step": step, "files": {name: _sha256(beside / name) for name in tensors},
                  "config": config.to_dict(cfg), "versions": versions(), "guard": guard or {}}
-        (beside / "state.json").write_text(json.dumps(state, indent=1))
+        (beside / "state.json").write_text(json.dumps(state | {"sha256": _digest(state)}, indent=1))
         for file in beside.iterdir():
             _sync(file)
         shutil.rmtree(path, ignore_errors=True)
@@ -156,8 +156,10 @@ def read(path: str | Path) -> Checkpoint:
         path = newest
     try:
         state = json.loads((path / "state.json").read_text())
+        if state.pop("sha256", None) not in (None, _digest(state)):  # early checkpoints have none
+            raise ValueError("it does not have its own SHA-256")
         step, files, values, guard = state["step"], state["files"], state["config"], state.get("guard", {})
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path / 'state.json'}: damaged checkpoint ({error!r})") from None
     for name, digest in files.items():
         if not (path / name).is_file():
@@ -300,6 +302,10 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(state: dict) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _sync(path: Path) -> None:
