@@ -465,7 +465,7 @@ def plan(cfg: config.Config) -> str:
     for (key, tokens, together, latents), (_, shape) in zip(passes, cfg.shapes(), strict=True):
         f, _, h, w = latents
         work[key] = 3 * again * shape.batch_size * flops(cfg.model, f, h, w, cfg.text.max_tokens)
-        pair = memory.pair_seconds(cfg.model, f, h, w, together, cfg.text.max_tokens, device, dtype)
+        pair, = memory.pair_seconds(cfg.model, f, h, w, [together], cfg.text.max_tokens, device, dtype)
         seconds[key] = pair * again * cfg.model.layers * shape.batch_size / together
         lines.append(f"{key:24s} {'x'.join(map(str, latents)):16s} {tokens:11d} {together:11d} {work[key] / 1e9:13.1f} "
                      f"{_peak(cfg, latents, together, trained) / 2**30:9.2f} {seconds[key]:9.3f}")
@@ -477,12 +477,16 @@ def plan(cfg: config.Config) -> str:
             flop += stage.steps * share * work[key]
     lines.append(f"all stages: {cfg.total_steps} updates, {flop / 1e15:.3f} PFLOP with {cfg.text.max_tokens} text tokens; about "
                  f"{hours:.2f} h on one {device.type}, from one layer pair timed here, without loading, encoding and the optimizer")
+    pools = {(clips.pool(shape).size, latents) for (_, _, _, latents), (_, shape) in zip(passes, cfg.shapes(), strict=True)}
+    cache = sum(size * 4 * np.prod(latents) * max(1, cfg.data.variants) for size, latents in pools)
+    if cache and cfg.data.source != "cache":
+        lines.append(f"data_tools.cache would take {cache / 2**30:.2f} GiB for the latents, and more for the text states")
     if cfg.train.deterministic:
         key, _, together, (f, _, h, w) = passes[-1]
         batch = cfg.shapes()[-1][1].batch_size
-        whole = memory.pair_seconds(cfg.model, f, h, w, batch, cfg.text.max_tokens, device, dtype)
-        alone = memory.pair_seconds(cfg.model, f, h, w, together, cfg.text.max_tokens, device, dtype) * batch / together
-        lines.append(f"deterministic mode: {alone / whole - 1:+.1%} time for {key}, in units of {together} instead of {batch}")
+        alone, whole = memory.pair_seconds(cfg.model, f, h, w, [together, batch], cfg.text.max_tokens, device, dtype)
+        more = alone * batch / together / whole - 1
+        lines.append(f"deterministic mode: {more:+.1%} time for {key}, in units of {together} instead of {batch}")
     try:
         lines.append(_check_room(cfg, codec, device, 1))
     except ValueError as error:
@@ -514,7 +518,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("config", help="a YAML file of configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the plan, then exit")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     try:
         cfg = config.load(args.config, args.overrides)
         if args.dry_run:

@@ -298,7 +298,8 @@ def _row(kind, draw, run, argv):
     rows, victim = table.to_pylist(), int(draw.integers(6))
     column = str(draw.choice(["path", "fps", "start_s", "end_s", "id"]))
     rows[victim][column] = None if draw.integers(2) or column in ("path", "id") else float(draw.choice([np.nan, -1.0, np.inf]))
-    parquet.write_table(pyarrow.Table.from_pylist(rows, schema=table.schema), folder / "manifest.parquet")
+    loose = pyarrow.schema([field.with_nullable(True) for field in table.schema])  # as other tools write them
+    parquet.write_table(pyarrow.Table.from_pylist(rows, schema=loose), folder / "manifest.parquet")
     code, _, said = forked([*argv, "data.source=manifest", f"data.path={folder / 'manifest.parquet'}", "data.clips=0"])
     return {"right": code == 0, "said": "unreadable manifest row" in said, "lost": 0, "while_writing": False}
 
@@ -331,6 +332,7 @@ def main(argv: list[str] | None = None) -> int:
                                "kills": len(kills), "by_place": dict(Counter(kill["where"] for kill in kills)),
                                "kills_while_writing": sum(row["kills_while_writing"] for row in rows),
                                "lost_updates": dict(sorted(Counter(lost).items())), "rows": rows}
+            Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
         if args.faults:
             videos(), reference()
             jobs = [(FAULTS[i % len(FAULTS)], i // len(FAULTS)) for i in range(args.faults)]

@@ -1,5 +1,6 @@
 """Saving memory from outside a finished model, without changing its numbers, and telling what memory something will take."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -58,27 +59,28 @@ def training_peak(cfg: ModelConfig, frames: int, height: int, width: int, clips:
     return one + (cfg.layers - 1) * (two - one) + 12 * trained
 
 
-def pair_seconds(cfg: ModelConfig, frames: int, height: int, width: int, clips: int, text_tokens: int, device: torch.device,
-                 dtype: torch.dtype) -> float:
-    """Seconds of a forward and backward pass of one layer pair on `clips` latents [f c h w], the best of three.
+def pair_seconds(cfg: ModelConfig, frames: int, height: int, width: int, clips: list[int], text_tokens: int, device: torch.device,
+                 dtype: torch.dtype) -> list[float]:
+    """Seconds of a forward and backward pass of one layer pair on so many latents [f c h w], for each number in `clips`: the best
+    of four, taken by turns.
 
     Of clips larger than 8192 tokens in all, only so many frames are timed, and the time scaled up.
     """
-    tokens = height * width // cfg.patch_size**2
-    timed = max(1, min(frames, 8192 // (tokens * clips)))
+    timed = max(1, min(frames, 8192 // (height * width // cfg.patch_size**2 * max(clips))))
     model = Latte(replace(cfg, layers=1)).to(device)
-    x, t = torch.zeros(clips, timed, cfg.in_channels, height, width, device=device), torch.zeros(clips, device=device)
-    given = {"text": torch.zeros(clips, text_tokens, cfg.text_channels, device=device)} if cfg.conditioning == "text" else {}
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            y = model(x, t, **given)
-        y.float().square().mean().backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return min(seconds) * frames / timed
+    best, words = [math.inf] * len(clips), [text_tokens, cfg.text_channels]
+    for _ in range(4):
+        for index, number in enumerate(clips):
+            x, t = torch.zeros(number, timed, cfg.in_channels, height, width, device=device), torch.zeros(number, device=device)
+            given = {"text": torch.zeros(number, *words, device=device)} if cfg.conditioning == "text" else {}
+            started = time.perf_counter()
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                y = model(x, t, **given)
+            y.float().square().mean().backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best[index] = min(best[index], (time.perf_counter() - started) * frames / timed)
+    return best
 
 
 def available(device: torch.device) -> int:

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import pytest
 from test_video import BIKES, nearest, numbered, numbers
 
 from latte import video
+from latte.config import DataConfig, StageConfig
+from latte.data import make_loader, open_clips
 
 
 def missing(backend):
@@ -186,18 +187,51 @@ def test_a_forked_worker_decodes_after_its_parent_did(backend):
     worker.join(10)
 
 
-def rss_mib():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+def rss_mib(process="self"):
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory of the process from Linux's /proc")
-def test_memory_stays_over_2000_clips(tmp_path):
+NO_PROC = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory of processes from Linux's /proc")
+
+
+def children():
+    found = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    return {child: rss_mib(child) for child in found if Path(f"/proc/{child}").exists()}
+
+
+@NO_PROC
+def test_memory_stays_over_2000_clips_of_the_loader(tmp_path):
+    """Both the training process and its loader processes stay under a ceiling."""
     for i in range(8):
         video.write(tmp_path / f"{i}.mp4", video.read(BIKES, i, 16, 8, 64, 64))
-    began = time.perf_counter()
-    for i in range(2000):
-        if i == 100:
-            before = rss_mib()
-        assert video.read(tmp_path / f"{i % 8}.mp4", frames=16).shape == (16, 64, 64, 3)
-    growth = rss_mib() - before
-    assert growth < 64, f"{growth:.0f} MiB in {time.perf_counter() - began:.0f} s"
+    cfg = DataConfig(source="folder", path=str(tmp_path), layout="videos", workers=1, recycle_batches=125)
+    stages = [StageConfig(steps=250, frames=16, height=16, width=16, batch_size=8)]
+    own, theirs, seen = [], [], set()
+    for batch in make_loader(open_clips(cfg, 0, stages), cfg, stages, 0):
+        assert batch.x.shape == (8, 16, 3, 16, 16) and not batch.notes
+        if batch.step % 25 == 20:
+            own.append(rss_mib())
+            now = children()
+            theirs.append(max(now.values()))
+            seen |= set(now)
+    assert len(seen) == 2  # the first worker was replaced
+    assert own[-1] - own[0] < 64 and max(theirs) - theirs[0] < 64, (own, theirs)
+
+
+@NO_PROC
+def test_recycling_bounds_the_memory_of_workers_that_leak(tmp_path, monkeypatch):
+    for i in range(4):
+        video.write(tmp_path / f"{i}.mp4", video.read(BIKES, i, 4, 8, 32, 32))
+    leak, real = [], video.read_at
+
+    def leaking(*args, **kwargs):
+        leak.append(np.ones(2**18))  # 2 MiB a clip, 200 in all
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(video, "read_at", leaking)
+    stages = [StageConfig(steps=50, frames=4, height=16, width=16, batch_size=2)]
+    most = {}
+    for recycle in (0, 10):
+        cfg = DataConfig(source="folder", path=str(tmp_path), layout="videos", workers=1, recycle_batches=recycle)
+        most[recycle] = max(max(children().values()) for _ in make_loader(open_clips(cfg, 0, stages), cfg, stages, 0))
+    assert most[10] < most[0] - 100, most
