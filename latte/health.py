@@ -53,9 +53,10 @@ class Window:
     def __init__(self, device: torch.device, peak_flops: float):
         """peak_flops: operations a second of one device at its best, see latte.memory.peak_flops."""
         self.device, self.peak_flops, self.waited_for_checkpoints = device, peak_flops, 0.0
-        self._open()
+        self.restart()
 
-    def _open(self) -> None:
+    def restart(self) -> None:
+        """Forgets the updates so far."""
         self.loss = torch.zeros(2, device=self.device)  # sum, updates
         self.bins = torch.zeros(2, TIME_BINS, device=self.device)  # sum, samples
         self.lengths: dict[int, Tensor] = {}  # clip length -> sum, samples
@@ -101,7 +102,7 @@ class Window:
             total, samples = parallel.total(self.lengths[length]).tolist()
             if samples:
                 values[f"loss_of_frames/{length}"] = total / samples
-        self._open()
+        self.restart()
         return values
 
     def _memory(self) -> float:

@@ -18,7 +18,7 @@ FLOORS = [
     {"latte.published", "latte.clips", "latte.health"},
     {"latte.cached", "latte.lora"},
     {"latte.data"},
-    {"latte.pipeline"},
+    {"latte.pipeline", "latte.plan"},
     {"train", "sample", "latte.evaluate", "latte.reproduce", "latte.app"},
 ]
 FOR_DATA_TOOLS = {"latte.config", "latte.video", "latte.world", "latte.text", "latte.codec", "latte.clips", "latte.cached"}

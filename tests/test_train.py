@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 import train
-from latte import checkpoint, config, parallel, pipeline, video
+from latte import checkpoint, config, parallel, pipeline, plan, video
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"
@@ -470,11 +470,11 @@ def test_buckets_train_with_a_learning_rate_of_their_stage(tmp_path):
 
 
 def test_what_cannot_fit_is_refused_before_it_starts(tmp_path, monkeypatch):
-    monkeypatch.setattr(train.memory, "available", lambda device: 2**20)
+    monkeypatch.setattr(plan.memory, "available", lambda device: 2**20)
     with pytest.raises(ValueError, match=r"stages\.1: the run needs at most .* GiB of memory .*train\.refuse_misfit=false"):
         run(tmp_path / "a")
     assert run(tmp_path / "b", "train.refuse_misfit=false", "stages.0.steps=1", "stages.1.steps=1") == 0
     monkeypatch.undo()
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
     with pytest.raises(ValueError, match=r"train\.keep_checkpoints: the run needs .*of disk"):
         run(tmp_path / "c")
