@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD"
 OUT=${OUT:-benchmarks/results}
 PYTHON=${PYTHON:-python3}
-JOBS=${JOBS:-1 2 3 4}
+JOBS=${JOBS:-1 2 3 4 5}
 TEXT_ARG=(${TEXT:+text.encoder=$TEXT})
 mkdir -p "$OUT"
 
@@ -35,6 +35,9 @@ job() {
      step train_step_xl_256_16f --preset xl --frames 16 --size 256 --batch 4 --compile ;;
   3) train world_gpu ;;  # the whole embedded world, 128 frames
   4) step train_step_small_256_128f --preset small --frames 128 --size 256 --compile ;;
+  5) # the loader, deterministic mode and checkpoints beside a training step
+     CUBLAS_WORKSPACE_CONFIG=:4096:8 "$PYTHON" benchmarks/train_loop.py "${TEXT_ARG[@]}" --out "$OUT/train_loop_gpu.json" \
+       ${TINY:+--rounds 1 --updates 1 --clips 8} ;;
   esac
 }
 

@@ -1,6 +1,6 @@
 """What the training loop costs beside its arithmetic: the loader on cached latents, deterministic mode, checkpoints.
 
-    python benchmarks/train_loop.py [--rounds 7] [--updates 8] [--out benchmarks/results/train_loop.json]
+    python benchmarks/train_loop.py [--rounds 7] [--updates 8] [--out FILE.json] [section.key=value ...]
 
 The model of configs/shapes_cpu.yaml on cached latents of clips of 16 and of 128 frames, made here by a small random VAE, with the
 text states of MiniLM. All ways of doing an update take turns in one process and are compared as ratios, the median of the rounds:
@@ -92,8 +92,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--updates", type=int, default=8)
     parser.add_argument("--clips", type=int, default=64)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "train_loop.json"))
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     result: dict = {"loader": {}, "deterministic": {}}
     with tempfile.TemporaryDirectory() as folder:
@@ -103,7 +104,7 @@ def main() -> int:
             def load(*changes, stage=stage, frames=frames):
                 return config.load(ROOT / "configs" / "shapes_cpu.yaml", [
                     *MODEL, *codec, f"data.clips={args.clips}", "data.variants=1", f"stages=[{stage}]", f"run={place / 'run'}",
-                    *changes])
+                    *args.overrides, *changes])
 
             cache.build(load(), place / f"cache{frames}")
             cached = ["data.source=cache", f"data.path={place / f'cache{frames}'}", "data.clips=0"]

@@ -1,5 +1,6 @@
 """The training program: resume, accumulation, processes, workers, interruption, trackers and errors, on the tiny run."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -16,7 +17,9 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 import train
-from latte import checkpoint, config, parallel, pipeline, plan, video
+from data_tools import cache
+from latte import checkpoint, config, memory, parallel, pipeline, plan, video
+from latte.model import Latte
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"
@@ -478,3 +481,38 @@ def test_what_cannot_fit_is_refused_before_it_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
     with pytest.raises(ValueError, match=r"train\.keep_checkpoints: the run needs .*of disk"):
         run(tmp_path / "c")
+
+
+def test_training_on_a_cache_is_training_on_its_source(plain, tmp_path, monkeypatch):
+    """Bit for bit, with neither the text encoder nor a VAE in memory."""
+    settings = [*SHORT, "data.variants=2", f"run={tmp_path / 'source'}"]
+    assert train.train(config.load(TINY, settings)) == 0
+    cache.build(config.load(TINY, settings), tmp_path / "cache")
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "TextEncoder", None)
+        where = ["data.variants=2", "data.source=cache", f"data.path={tmp_path / 'cache'}"]
+        assert run(tmp_path / "cached", *where, "data.workers=1") == 0
+    assert distance(weights(tmp_path / "source"), weights(tmp_path / "cached")) == 0
+    with pytest.raises(ValueError, match="seed: is 1 here, but the cache .* was made with 0"):
+        run(tmp_path / "other", *where, "seed=1")
+
+
+@pytest.mark.parametrize(("autocast", "checkpointed", "above"), [(False, False, 0.02), (True, False, 0.02), (False, True, 0.15)])
+def test_the_planned_memory_is_that_of_a_real_step(autocast, checkpointed, above):
+    """Of weights, gradients and activations, against the profiler's count of what is allocated."""
+    cfg = dataclasses.replace(config.load(TINY).model, layers=3)
+    model = Latte(cfg)
+    if checkpointed:
+        memory.checkpoint_blocks(model)
+    x, t, text = torch.zeros(2, 8, 3, 32, 32), torch.zeros(2), torch.zeros(2, 20, cfg.text_channels)
+    now = most = x.nbytes + text.nbytes + 4 * sum(p.numel() for p in model.parameters())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = model(x, t, text=text)
+        y.float().square().mean().backward()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    planned = memory.training_peak(cfg, 8, 32, 32, 2, 20, autocast, checkpointed, trained=0)
+    assert 1 - 0.02 <= planned / most <= 1 + above
