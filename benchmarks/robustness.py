@@ -7,7 +7,8 @@ writing, or at any moment), up to three times a run, each time with other loader
 uninterrupted one. Faults: each is injected into a small run of its own; a run must then either go on as if nothing had been (its
 end has the parameters of a run without the fault, or without the batch) and say so in its log, or stop with one error and be
 resumable. Lost updates are those that a resumed run does again. A checkpoint is written beside the training, so a kill during that
-costs the updates done meanwhile besides the interval; those are counted apart. """
+costs the updates done meanwhile besides the interval; those are counted apart.
+"""
 
 import argparse
 import contextlib

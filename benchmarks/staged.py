@@ -5,7 +5,8 @@
 One object of the embedded world, 32x32 pixels, a model of 1.6 M parameters. Both arms take the same number of floating-point
 operations (latte.model.flops, forward and backward), the same learning rate and schedule; batches hold about as many tokens in
 every stage but the images. Each arm's EMA weights draw held-out prompts at 128 frames, which the judge scores; the loss on held-out
-clips of 128 frames is taken at the same noise and timesteps for all. """
+clips of 128 frames is taken at the same noise and timesteps for all.
+"""
 
 import argparse
 import contextlib

@@ -126,7 +126,8 @@ class FileClips:
     A source shorter than a window takes all of it under linspace and is left out under the other rules. The rules and layouts of
     the published recipes are those of Ma et al. (arXiv 2401.03048). Of shapes with equal frame counts, a clip belongs to the one
     that crops it least, if to any (data.max_crop). Raises ValueError naming the folder when no usable clip is in it. `dropped` maps
-    each file that no shape can use to the reason. """
+    each file that no shape can use to the reason.
+    """
 
     def __init__(self, cfg: DataConfig, seed: int, shapes: list[ShapeConfig]):
         self.cfg, self.seed, self.shapes, self.variants = cfg, seed, shapes, cfg.variants

@@ -2,7 +2,8 @@
 
 Sample `position` p counts the samples of the whole run, over all stages and buckets; it keys the noise, the timestep and the
 dropped captions of a sample. `draw` counts those of one clip shape; it tells which clip comes, in an order that is new in every
-epoch. The batch of an update is a range of both, and each process takes its slice. To resume, start at a step. """
+epoch. The batch of an update is a range of both, and each process takes its slice. To resume, start at a step.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -5,7 +5,8 @@ robust standard deviations (1.4826 times the median absolute deviation: Hampel, 
 offending batches out is what Chowdhery et al. did (PaLM, arXiv 2204.02311, section 5.1).
 
 What is decided about update n depends on the updates before n - 1 alone, because the values of n - 1 may still be on their way from
-the device: so nothing waits for them, and a stop between the two changes nothing. """
+the device: so nothing waits for them, and a stop between the two changes nothing.
+"""
 
 import math
 from collections import defaultdict, deque
