@@ -2,8 +2,8 @@
 
     python benchmarks/processes.py [--out benchmarks/results/processes.json]
 
-configs/tiny.yaml under `accelerate launch` on gloo, in deterministic mode (the same bits are promised) and without (1e-6; with Adam's
-eps at 1e-6, because at 1e-8 a weight whose gradient is all rounding error moves by a few 1e-6 at once).
+configs/tiny.yaml under `accelerate launch` on gloo, in deterministic mode (the same bits are promised) and without (1e-6; with
+Adam's eps at 1e-6, because at 1e-8 a weight whose gradient is all rounding error moves by a few 1e-6 at once).
 """
 
 import argparse

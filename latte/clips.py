@@ -176,6 +176,9 @@ class FileClips:
                 except ValueError as error:
                     self.dropped[name] = str(error)
                     continue
+                if not (info.frames and info.fps):
+                    self.dropped[name] = "its header tells neither a rate nor a length"
+                    continue
                 yield _File(name, path, text.strip(), info.frames, info.fps, width=info.shown_width, height=info.shown_height)
 
     def _manifest(self, path: Path) -> Iterator[_File]:

@@ -196,6 +196,9 @@ def _open(path):
     if not container.streams.video:
         container.close()
         raise ValueError(f"{path}: holds no video")
+    if container.streams.video[0].codec_context is None:  # a header that was cut off before it names the codec
+        container.close()
+        raise ValueError(f"{path}: holds video of an unknown kind")
     # Data workers are the parallelism here: more threads show the same pictures and wait for each other on busy cores.
     container.streams.video[0].codec_context.thread_count = 1
     return container

@@ -240,3 +240,26 @@ def test_pictures_of_a_clip(tmp_path):
             assert image.n_frames == 9 and image.size == (16, 12) and image.info["loop"] == 0
     with pytest.raises(ValueError, match=r"\.gif or \.webp"):
         video.animate(tmp_path / "a.png", frames)
+
+
+def test_damaged_files_of_any_kind_are_value_errors(tmp_path):
+    """Cut anywhere, or with bits flipped anywhere: read, or refused with the file's name, nothing else."""
+    frames = np.zeros((24, 16, 16, 3), np.uint8)
+    frames[:, :, :5] = 200
+    video.write(tmp_path / "whole.mp4", frames, 8)
+    content, draw, bad = (tmp_path / "whole.mp4").read_bytes(), np.random.default_rng(0), tmp_path / "bad.mp4"
+    damaged = [content[:length] for length in range(0, len(content), 37)]
+    for _ in range(120):
+        flipped = bytearray(content)
+        flipped[draw.integers(len(content))] ^= 1 << int(draw.integers(8))
+        damaged.append(bytes(flipped))
+    refused = 0
+    for data in damaged:
+        bad.write_bytes(data)
+        try:
+            video.probe(bad)
+            video.read(bad, 0.0, 24, 8.0, 16, 16)
+        except ValueError as error:
+            assert "bad.mp4" in str(error)
+            refused += 1
+    assert refused > 60
