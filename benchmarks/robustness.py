@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -324,7 +325,8 @@ def main(argv: list[str] | None = None) -> int:
             code, _, said = forked([*KILLS, f"run={folder}/run"])
             assert code == 0, said
             wanted = digest(Path(folder) / "run")
-            rows = list(pool.map(lambda index: killed_run(index, args.seed, wanted), range(args.kills)))
+            done = pool.map(lambda index: killed_run(index, args.seed, wanted), range(args.kills))
+            rows = list(tqdm(done, "kills", args.kills, unit="run"))
             bad += [row for row in rows if not row["equal"]]
             kills = [kill for row in rows for kill in row["kills"] if kill["killed"]]
             lost = [value for row in rows for value in row["lost"]]
@@ -336,7 +338,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.faults:
             videos(), reference()
             jobs = [(FAULTS[i % len(FAULTS)], i // len(FAULTS)) for i in range(args.faults)]
-            rows = list(pool.map(lambda job: faulty_run(*job, args.seed), jobs))
+            done = pool.map(lambda job: faulty_run(*job, args.seed), jobs)
+            rows = list(tqdm(done, "faults", len(jobs), unit="fault"))
             bad += [row for row in rows if not (row["right"] and row["said"])]
             table = {}
             for kind in FAULTS:

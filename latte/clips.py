@@ -193,7 +193,7 @@ class FileClips:
                     raise ValueError("needs id, path, fps > 0 and 0 <= start_s < end_s")
                 yield _File(row["id"], path.parent / row["path"], (row["caption"] or "").strip(), round(seconds * fps), fps,
                             float(row["start_s"]), int(row["width"] or 0), int(row["height"] or 0))
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:  # the last one of an infinite length
                 self.dropped[f"row {number}"] = f"unreadable manifest row ({error})"
 
     def _sorted_out(self, found: list[_File], shape: ShapeConfig) -> tuple[list[_File], Counter]:

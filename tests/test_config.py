@@ -48,6 +48,15 @@ def test_overrides_reach_nested_keys_lists_and_numbers():
     ("train.micro_batches=3", "stages.0.batch_size"),
     ("train.trackers=[comet]", "train.trackers"),
     ("model.patch_size=5", "stages.0.height"),
+    ("stages.0.buckets=[{frame: 1}]", "stages.0.buckets.0.frame: unknown key; did you mean stages.0.buckets.0.frames?"),
+    ("stages.0.buckets=[{share: 0}]", "stages.buckets.share"),
+    ("stages.0.buckets=[{batch_size: 3}] train.micro_batches=2", "stages.0.buckets.0.batch_size"),
+    ("train.deterministic=true train.unit_clips=3", "stages.0.batch_size: must divide by train.unit_clips"),
+    ("guard.spike=explode", "guard.spike"),
+    ("guard.window=3", "guard.window"),
+    ("guard.spike=skip train.mixed_precision=fp16", "guard.spike"),
+    ("data.max_crop=1.5", "data.max_crop"),
+    ("train.save_every_minutes=-1", "train.save_every_minutes"),
 ])
 def test_bad_input_is_refused_with_the_key(override, named):
     with pytest.raises(ValueError) as caught:
