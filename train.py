@@ -49,7 +49,7 @@ def _train(cfg: config.Config, accelerator: Accelerator) -> int:
         parallel.make_deterministic(device)
     clips = open_clips(cfg.data, cfg.seed, cfg.stages)
     buckets = table(clips, cfg.stages)
-    text, codec = _components(cfg, device)
+    text, codec = _components(cfg, clips, device)
     _check_fit(cfg, clips, text, codec, ranks)
     needs = plan.check_room(cfg, codec, device, ranks)
     torch.manual_seed(cfg.seed)  # initial weights only; training draws keyed numbers
@@ -61,7 +61,9 @@ def _train(cfg: config.Config, accelerator: Accelerator) -> int:
     start, guard, changed = 0, Guard(cfg.guard), []
     if found:
         start = checkpoint.load(found, raw, ema, raw_optimizer)
-        guard = Guard(cfg.guard, found.guard)
+        guard = Guard(cfg.guard, found.extra.get("guard"))
+        if accelerator.scaler is not None and found.extra.get("scaler"):
+            accelerator.scaler.load_state_dict(found.extra["scaler"])
         before, now = config.to_dict(found.config), config.to_dict(cfg)
         changed = [key for key in now if key not in ("run", "train", "preview") and now[key] != before.get(key)]
     if cfg.train.checkpoint_blocks:
@@ -94,8 +96,7 @@ def _train(cfg: config.Config, accelerator: Accelerator) -> int:
 
         while start < cfg.total_steps:
             pending, back = None, None
-            for batch in make_loader(clips, cfg.data, cfg.stages, cfg.seed, start, rank, ranks):
-                window.waited()
+            for batch in window.timed(make_loader(clips, cfg.data, cfg.stages, cfg.seed, start, rank, ranks)):
                 step, done = batch.step, batch.step + 1
                 final = done == cfg.total_steps
                 for note in batch.notes:
@@ -126,7 +127,8 @@ def _train(cfg: config.Config, accelerator: Accelerator) -> int:
                 if save:
                     saved_at = time.monotonic()
                     if writer:
-                        writer.save(done, cfg, raw, ema, raw_optimizer, run.guard.state())
+                        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+                        writer.save(done, cfg, raw, ema, raw_optimizer, {"guard": run.guard.state(), "scaler": scaler})
                 if cfg.preview.count and (final or (cfg.preview.every_steps and done % cfg.preview.every_steps == 0)):
                     if rank == 0:
                         try:
@@ -323,24 +325,25 @@ class _Run:
         if writer:
             writer.finish()
         self.accelerator.wait_for_everyone()
-        found, _ = checkpoint.newest_good(self.cfg.run, step - self.cfg.guard.rollback_updates + 1)
+        found, wrong = checkpoint.newest_good(self.cfg.run, step - self.cfg.guard.rollback_updates + 1)
+        for why in wrong:
+            log.event("checkpoint", step + 1, f"passed over a damaged checkpoint: {why}")
         self.guard.roll_back(step)
         if found is None:
-            raise ValueError(f"guard.spike: update {step + 1} is a spike, and there is no checkpoint before it to go back to; "
-                             "use a smaller train.save_every_steps, or guard.spike=skip")
+            raise ValueError(f"guard.spike: update {step + 1} is a spike, and no checkpoint from before what is to be left "
+                             "out is there; raise train.keep_checkpoints, lower guard.rollback_updates, or set guard.spike=skip")
         count, left_out = self.guard.rollbacks, self.guard.left_out
-        self.guard = Guard(self.cfg.guard, {**found.guard, "rollbacks": count, "left_out": sorted(left_out)})
+        self.guard = Guard(self.cfg.guard, {**found.extra.get("guard", {}), "rollbacks": count, "left_out": sorted(left_out)})
         log.event("rollback", step + 1, f"back to update {found.step} because of the spike at update {step + 1}; "
                                         f"rollback {count} of {self.cfg.guard.rollbacks}")
         return checkpoint.load(found, self.raw, self.ema, getattr(self.optimizer, "optimizer", self.optimizer))
 
 
-def _components(cfg: config.Config, device: torch.device) -> tuple[TextEncoder | None, VideoCodec]:
+def _components(cfg: config.Config, clips, device: torch.device) -> tuple[TextEncoder | None, VideoCodec]:
     """Text encoder and codec; for training on a cache neither is in memory, and the codec only tells shapes."""
     if cfg.data.source == "cache":
         cached.check(cfg.data.path, cfg.codec, cfg.text if cfg.model.conditioning == "text" else None)
-        with torch.device("meta"):
-            return None, VideoCodec(cfg.codec, weights=False)
+        return None, VideoCodec.told(cfg.codec, clips)
     return TextEncoder(cfg.text, device) if cfg.model.conditioning == "text" else None, VideoCodec(cfg.codec, device)
 
 

@@ -236,8 +236,7 @@ def _damage(kind, draw, run, argv):
         path.write_bytes(content)
     again, _, said = forked(argv)
     lost = reached - began_at(said) if "from update" in said else 0
-    # a checkpoint without its state.json is none: nothing of it can be read by mistake, and the one before is taken
-    told = "damaged checkpoint" in said or "none of its" in said or (path.name == "state.json" and kind == "missing file")
+    told = "damaged checkpoint" in said or "none of its" in said
     stopped = "none of its" in said and again == 1  # there was only this one: the run refuses to start anew
     return {"right": code == train.SAVED and (stopped or (again == 0 and digest(run) == reference())), "said": told, "lost": lost,
             "while_writing": False}

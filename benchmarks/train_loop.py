@@ -1,6 +1,6 @@
 """What the training loop costs beside its arithmetic: the loader on cached latents, deterministic mode, checkpoints.
 
-    python benchmarks/train_loop.py [--rounds 7] [--updates 8] [--out FILE.json] [section.key=value ...]
+    python benchmarks/train_loop.py [--rounds 5] [--updates 2] [--out FILE.json] [section.key=value ...]
 
 The model of configs/shapes_cpu.yaml on cached latents of clips of 16 and of 128 frames, made here by a small random VAE, with the
 text states of MiniLM. All ways of doing an update take turns in one process and are compared as ratios, the median of the rounds:
@@ -57,10 +57,10 @@ class Arm:
         torch.manual_seed(0)
         raw, _ = pipeline.build(cfg)
         optimizer = make_optimizer(raw, cfg.optim)
-        text, codec = train._components(cfg, accelerator.device)
+        self.clips = open_clips(cfg.data, cfg.seed, cfg.stages)
+        text, codec = train._components(cfg, self.clips, accelerator.device)
         self.run = train._Run(cfg, accelerator, raw, raw, optimizer, EMA(raw, 0.999), text, codec, Guard(cfg.guard))
         self.window = Window(accelerator.device, 1.0)
-        self.clips = open_clips(cfg.data, cfg.seed, cfg.stages)
         self.batches = make_loader(self.clips, cfg.data, cfg.stages, cfg.seed)
         self.batch = next(self.batches)
 
@@ -89,8 +89,8 @@ def ratio(over: list[float], under: list[float]) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--updates", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--updates", type=int, default=2)
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "train_loop.json"))

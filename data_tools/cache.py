@@ -212,6 +212,8 @@ class _Kept:
     def write(self, name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Writes a shard and, when it is whole, the facts beside it."""
         path = self.out / f"{name}.safetensors"
+        if name in self.facts:  # made whole now; the index that has its old hash would call it damaged
+            (self.out / cached.INDEX).unlink(missing_ok=True)
         facts = _place(path, lambda beside: save_file(tensors, beside)) | facts
         _place(path.with_suffix(".json"), lambda beside: beside.write_text(json.dumps(facts), encoding="utf-8"))
         self._add(name, facts)

@@ -3,7 +3,7 @@
     step-00000500/  model.safetensors  ema.safetensors  optimizer.safetensors  state.json
 
 state.json holds the step (which is the data position too: order and randomness are functions of it), the resolved config,
-library versions, what the guard remembers, the SHA-256 of every other file and its own. A checkpoint to share holds
+library versions, the small states of guard and loss scale, the SHA-256 of every other file and its own. A checkpoint to share holds
 ema.safetensors and state.json alone.
 Nothing in a checkpoint can run code when it is loaded.
     python -m latte.checkpoint RUN OUT [sampler.key=value ...]     makes one to share from a run's newest checkpoint
@@ -42,7 +42,7 @@ class Checkpoint:
     step: int  # updates done
     config: config.Config
     files: dict[str, str]  # name -> SHA-256
-    guard: dict = field(default_factory=dict)  # state of latte.guard.Guard
+    extra: dict = field(default_factory=dict)  # small states as plain values: of the guard, and of fp16's loss scale
 
 
 class Writer:
@@ -57,19 +57,19 @@ class Writer:
         self.run, self.keep, self.keep_every = Path(run), keep, keep_every
         self.waited = 0.0
         self._thread: threading.Thread | None = None
-        self._error: OSError | None = None
+        self._error: Exception | None = None
         for left in self.run.glob("step-*.writing"):
             shutil.rmtree(left, ignore_errors=True)
 
     def save(self, step: int, cfg: config.Config, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer,
-             guard: dict | None = None) -> None:
+             extra: dict | None = None) -> None:
         """Begins to write run/step-XXXXXXXX. Raises OSError of this or an earlier one as soon as it is known."""
         self.finish()
         started = time.perf_counter()
         staged = {name: {key: value.detach().to("cpu", copy=True) for key, value in tensors.items()} for name, tensors in (
             ("model.safetensors", trained(model)), ("ema.safetensors", ema.weights),
             ("optimizer.safetensors", _optimizer_tensors(model, optimizer)))}
-        self._thread = threading.Thread(target=self._write, args=(step, copy.deepcopy(cfg), staged, guard), name="checkpoint")
+        self._thread = threading.Thread(target=self._write, args=(step, copy.deepcopy(cfg), staged, extra), name="checkpoint")
         self._thread.start()
         self.waited += time.perf_counter() - started
 
@@ -88,12 +88,12 @@ class Writer:
         self.waited += time.perf_counter() - started
         self.check()
 
-    def _write(self, step: int, cfg: config.Config, tensors: dict[str, dict[str, torch.Tensor]], guard: dict | None) -> None:
+    def _write(self, step: int, cfg: config.Config, tensors: dict[str, dict[str, torch.Tensor]], extra: dict | None) -> None:
         try:
-            write(self.run / f"step-{step:08d}", step, cfg, tensors, guard)
+            write(self.run / f"step-{step:08d}", step, cfg, tensors, extra)
             for old in self._superfluous(step):
-                shutil.rmtree(old)
-        except OSError as error:
+                shutil.rmtree(old, ignore_errors=True)  # one that cannot go does no harm
+        except Exception as error:  # the training must hear of it, whatever it is
             self._error = error
 
     def _superfluous(self, step: int) -> list[Path]:
@@ -106,7 +106,7 @@ class Writer:
 
 
 def write(path: Path, step: int, cfg: config.Config, tensors: dict[str, dict[str, torch.Tensor]],
-          guard: dict | None = None) -> Path:
+          extra: dict | None = None) -> Path:
     """Writes a checkpoint folder of the given safetensors files, beside `path` first. Replaces what is there.
 
     state.json, which names the others and their hashes, is written last. Raises OSError with the path when it cannot be written;
@@ -119,7 +119,7 @@ def write(path: Path, step: int, cfg: config.Config, tensors: dict[str, dict[str
         for name, values in tensors.items():
             save_file({k: v.detach().cpu().contiguous() for k, v in values.items()}, beside / name)
         state = {"format": FORMAT, "step": step, "files": {name: _sha256(beside / name) for name in tensors},
-                 "config": config.to_dict(cfg), "versions": versions(), "guard": guard or {}}
+                 "config": config.to_dict(cfg), "versions": versions(), "extra": extra or {}}
         (beside / "state.json").write_text(json.dumps(state | {"sha256": _digest(state)}, indent=1))
         for file in beside.iterdir():
             _sync(file)
@@ -134,7 +134,7 @@ def write(path: Path, step: int, cfg: config.Config, tensors: dict[str, dict[str
 
 def latest(run: str | Path) -> Path | None:
     """The newest complete checkpoint in a run's folder, or None."""
-    found = _all(Path(run))
+    found = [path for path in _all(Path(run)) if (path / "state.json").is_file()]
     return found[-1] if found else None
 
 
@@ -158,7 +158,7 @@ def read(path: str | Path) -> Checkpoint:
         state = json.loads((path / "state.json").read_text())
         if state.pop("sha256", None) not in (None, _digest(state)):  # early checkpoints have none
             raise ValueError("it does not have its own SHA-256")
-        step, files, values, guard = state["step"], state["files"], state["config"], state.get("guard", {})
+        step, files, values, extra = state["step"], state["files"], state["config"], state.get("extra", {})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path / 'state.json'}: damaged checkpoint ({error!r})") from None
     for name, digest in files.items():
@@ -166,7 +166,7 @@ def read(path: str | Path) -> Checkpoint:
             raise ValueError(f"{path / name}: missing from the checkpoint")
         if _sha256(path / name) != digest:
             raise ValueError(f"{path / name}: damaged, its SHA-256 is not the one in state.json")
-    return Checkpoint(path, step, config.from_dict(values), files, guard)
+    return Checkpoint(path, step, config.from_dict(values), files, extra)
 
 
 def newest_good(run: str | Path, up_to: int | None = None) -> tuple[Checkpoint | None, list[str]]:
@@ -179,7 +179,7 @@ def newest_good(run: str | Path, up_to: int | None = None) -> tuple[Checkpoint |
         if up_to is None or int(path.name.removeprefix("step-")) <= up_to:
             try:
                 return read(path), wrong
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 wrong.append(str(error))
     if wrong:
         raise ValueError(f"{run}: none of its {len(wrong)} checkpoints is whole; move them away to start anew: " + "; ".join(wrong))
@@ -276,7 +276,7 @@ def versions() -> dict[str, str]:
 
 
 def _all(run: Path) -> list[Path]:
-    return sorted(p.parent for p in Path(run).glob("step-*/state.json") if p.parent.name.removeprefix("step-").isdigit())
+    return sorted(path for path in Path(run).glob("step-*") if path.name.removeprefix("step-").isdigit())
 
 
 def _tensors(checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:

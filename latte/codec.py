@@ -75,6 +75,14 @@ class VideoCodec:
         self.scale = _first(config.get("scaling_factor"), 1.0) / torch.as_tensor(
             std, dtype=torch.float32, device=device).reshape(-1, 1, 1)  # [c 1 1]
 
+    @classmethod
+    def told(cls, cfg: CodecConfig, cache) -> "VideoCodec":
+        """A codec without a VAE, which only knows the shapes of a cache's latents: of its channels, factor and time_factor."""
+        codec = cls.__new__(cls)
+        codec.cfg, codec.vae = cfg, None
+        codec.channels, codec.factor, codec.time_factor = cache.channels, cache.factor, cache.time_factor
+        return codec
+
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """[f c h w] of the latents of a clip. Raises ValueError if the size does not divide by the factor."""
         if height % self.factor or width % self.factor:

@@ -5,6 +5,7 @@ dropped captions of a sample. `draw` counts those of one clip shape; it tells wh
 epoch. The batch of an update is a range of both, and each process takes its slice. To resume, start at a step.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -124,11 +125,12 @@ def make_loader(clips: Source, cfg: DataConfig, stages: list[StageConfig], seed:
 
 
 def _batches(samples: "_Samples", cfg: DataConfig, schedule: Schedule, start: int, rank: int, ranks: int) -> Iterator[Batch]:
-    span = cfg.recycle_batches if cfg.workers and cfg.recycle_batches else len(schedule)
+    recycled = cfg.workers and cfg.recycle_batches and cfg.source != "cache"  # nothing leaks there, and a new process hashes anew
+    span = cfg.recycle_batches if recycled else len(schedule)
 
     def load(first: int) -> Iterator[Batch]:
         turns = _Turns(schedule, range(first, min(first + span, len(schedule))), rank, ranks)
-        return iter(DataLoader(samples, batch_sampler=turns, num_workers=cfg.workers, collate_fn=_collate,
+        return iter(DataLoader(samples, batch_sampler=turns, num_workers=cfg.workers, collate_fn=_collate, worker_init_fn=_apart,
                                prefetch_factor=cfg.prefetch if cfg.workers else None))
 
     coming = load(start) if start < len(schedule) else iter(())
@@ -217,6 +219,11 @@ def _collate(samples: list[Batch]) -> Batch:
                  None if one.std is None else torch.cat([s.std for s in samples]),
                  None if one.states is None else [s.states[0] for s in samples],
                  tuple(note for s in samples for note in s.notes))
+
+
+def _apart(_worker: int) -> None:
+    """A process group of its own: Slurm and terminals signal whole groups, and a batch must still come for the update to end."""
+    os.setpgid(0, 0)
 
 
 @lru_cache(maxsize=8)

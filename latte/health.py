@@ -6,7 +6,7 @@ import re
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -62,11 +62,19 @@ class Window:
         self.lengths: dict[int, Tensor] = {}  # clip length -> sum, samples
         self.updates = self.clips = self.frames = self.tokens = 0
         self.flops = self.wait = 0.0
-        self.started = self.ready = time.perf_counter()
+        self.started = time.perf_counter()
 
-    def waited(self) -> None:
-        """The batch has come."""
-        self.wait += time.perf_counter() - self.ready
+    def timed(self, loader: Iterable) -> Iterator:
+        """The loader's batches; how long they take to come is counted."""
+        batches = iter(loader)
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.wait += time.perf_counter() - asked
+            yield batch
 
     def count(self, loss: Tensor, done: Tensor, losses: Tensor, times: Tensor, length: int, clips: int, tokens: int, work: float
               ) -> None:
@@ -80,7 +88,6 @@ class Window:
         self.lengths[length] = self.lengths.get(length, 0) + kept.sum(1)
         self.updates, self.clips, self.frames = self.updates + 1, self.clips + clips, self.frames + clips * length
         self.tokens, self.flops = self.tokens + tokens, self.flops + work
-        self.ready = time.perf_counter()
 
     def close(self, ranks: int, waited_for_checkpoints: float) -> dict[str, float]:
         """The means and speeds of the window; all processes must call it at the same update.

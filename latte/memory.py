@@ -93,7 +93,10 @@ def available(device: torch.device) -> int:
         limits = [int(line.split()[1]) * 1024 for line in facts.read_text().splitlines() if line.startswith("MemAvailable")]
     bound, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if bound.is_file() and used.is_file() and bound.read_text().strip().isdigit():
-        limits.append(int(bound.read_text()) - int(used.read_text()))
+        facts = Path("/sys/fs/cgroup/memory.stat")
+        cached = dict(line.split() for line in facts.read_text().splitlines()) if facts.is_file() else {}
+        files = int(cached.get("inactive_file", 0)) + int(cached.get("active_file", 0))
+        limits.append(int(bound.read_text()) - int(used.read_text()) + files)
     return min(limits)
 
 

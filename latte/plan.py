@@ -1,5 +1,6 @@
 """What a run would take, before it takes it: buckets, work, memory, disk and time, and whether it fits."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -17,13 +18,13 @@ def describe(cfg: config.Config) -> str:
     """What a run would do, as text: resolved config, model size, buckets, and work, memory and time of each bucket on this
     machine."""
     device = Accelerator().device
+    clips = open_clips(cfg.data, cfg.seed, cfg.stages)
     with torch.device("meta"):
         model = Latte(cfg.model)
         if cfg.init.lora_rank:
             lora.add(model, cfg.init)
-        codec = VideoCodec(cfg.codec, weights=False)
+        codec = VideoCodec.told(cfg.codec, clips) if cfg.data.source == "cache" else VideoCodec(cfg.codec, weights=False)
     size, trained = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in checkpoint.trained(model).values())
-    clips = open_clips(cfg.data, cfg.seed, cfg.stages)
     lines = [config.to_yaml(cfg), f"parameters: {size / 1e6:.2f} M, of which trained: {trained / 1e6:.2f} M", table(clips,
     cfg.stages),
              *(f"left out {name}: {why}" for name, why in clips.dropped.items()), "",
@@ -76,7 +77,9 @@ def check_room(cfg: config.Config, codec: VideoCodec, device: torch.device, rank
     while not place.exists():
         place = place.parent
     kept = cfg.train.keep_checkpoints + 1 + (cfg.total_steps // cfg.train.keep_every_steps if cfg.train.keep_every_steps else 0)
-    disk, room = 16 * trained * kept, shutil.disk_usage(place).free
+    # what the run's own checkpoints take already is theirs
+    own = sum(file.stat().st_size for file in Path(cfg.run).glob("step-*/*"))
+    disk, room = 16 * trained * kept, shutil.disk_usage(place).free + own
     # an upper bound first: most runs fit by far, and tracing takes seconds
     peaks = {key: 20 * size + 4 * 2 * 43 * cfg.model.width * cfg.model.layers * tokens * clips
              for key, tokens, clips, _ in _passes(cfg, codec, ranks)}
@@ -84,6 +87,12 @@ def check_room(cfg: config.Config, codec: VideoCodec, device: torch.device, rank
     if peak > free / 2:
         key, peak = max(((key, _peak(cfg, shape, clips, trained)) for key, _, clips, shape in _passes(cfg, codec, ranks)),
                         key=lambda pair: pair[1])
+    peak = max(peak, 28 * trained)  # beside an update of which a report is made: weights, gradients, moments, average, two copies
+    if cfg.train.deterministic:  # sums of gradients on the way up the tree, and what is sent and received
+        units = max(shape.batch_size // (ranks * cfg.train.unit_clips) for _, shape in cfg.shapes())
+        peak += 4 * trained * (math.ceil(math.log2(units)) + (2 if ranks > 1 else 0))
+    if device.type == "cpu":  # the copy that a checkpoint is written from
+        peak += 16 * trained
     need, have, files, left = (f"{value / 2**30:.1f} GiB" for value in (peak, free, disk, room))
     text = f"needs at most {need} of memory a process ({key}; {have} free) and {files} of disk for {kept} checkpoints ({left} free)"
     if cfg.train.refuse_misfit and (peak > free or disk > room):

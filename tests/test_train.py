@@ -8,12 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 import train
@@ -315,7 +317,7 @@ def test_a_broken_checkpoint_is_passed_over_for_the_one_before(plain, tmp_path, 
     assert run(tmp_path / "run") == 0
     said = capsys.readouterr().out
     assert "from update 3 to 6" in said
-    assert "passed over a damaged checkpoint" in said or (name, how) == ("state.json", "missing")
+    assert "passed over a damaged checkpoint" in said
     assert distance(weights(plain), weights(tmp_path / "run")) == 0
     for path in checkpoint._all(tmp_path / "run"):
         damage(path / "model.safetensors", "cut")
@@ -516,3 +518,61 @@ def test_the_planned_memory_is_that_of_a_real_step(autocast, checkpointed, above
         most = max(most, now)
     planned = memory.training_peak(cfg, 8, 32, 32, 2, 20, autocast, checkpointed, trained=0)
     assert 1 - 0.02 <= planned / most <= 1 + above
+
+
+def test_a_signal_to_the_whole_process_group_saves_too(plain, tmp_path):
+    """As Slurm and terminals send it: loader processes must not die of it before the update has ended."""
+    command = [sys.executable, "train.py", str(TINY), *SHORT, f"run={tmp_path}", "data.workers=2", "stages.1.steps=3000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               start_new_session=True)
+    for _ in range(600):
+        if checkpoint.latest(tmp_path):
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == train.SAVED, said[-2000:]
+    assert "saved, the same command goes on" in said
+
+
+def test_a_run_whose_checkpoints_lost_their_state_does_not_start_anew(plain, tmp_path):
+    shutil.copytree(plain, tmp_path / "run")
+    for path in checkpoint._all(tmp_path / "run"):
+        (path / "state.json").unlink()
+    with pytest.raises(ValueError, match="none of its 2 checkpoints is whole"):
+        run(tmp_path / "run")
+
+
+def test_a_resume_needs_no_room_for_what_is_there_already(plain, tmp_path, monkeypatch):
+    shutil.copytree(plain, tmp_path / "run")
+    own = sum(file.stat().st_size for file in (tmp_path / "run").glob("step-*/*"))
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(own * 2, own, own))
+    assert run(tmp_path / "run") == 0
+
+
+def test_a_rollback_says_which_checkpoint_was_damaged(tmp_path, monkeypatch):
+    poisoned(monkeypatch, {13: 1e4})
+    real = checkpoint.newest_good
+
+    def damaged(folder, up_to=None):
+        if up_to is not None:
+            damage(tmp_path / "step-00000012" / "ema.safetensors", "flipped")
+        return real(folder, up_to)
+
+    monkeypatch.setattr(checkpoint, "newest_good", damaged)
+    assert run(tmp_path, *LONG, "guard.spike=rollback", "train.keep_checkpoints=3") == 0
+    assert "back to update 8" in events(tmp_path, "rollback")[0]["text"]
+    assert "step-00000012" in events(tmp_path, "checkpoint")[0]["text"]
+
+
+def test_a_cache_trains_where_its_vae_is_not(tmp_path):
+    torch.manual_seed(0)
+    AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=4,
+                  block_out_channels=[8, 8], norm_num_groups=8, layers_per_block=1).save_pretrained(tmp_path / "vae")
+    latents = ["model.in_channels=4", "model.out_channels=4", "codec.kind=autoencoder", f"codec.path={tmp_path / 'vae'}",
+               "codec.posterior=sample"]
+    cache.build(config.load(TINY, [*SHORT, *latents, "data.variants=1"]), tmp_path / "cache")
+    shutil.rmtree(tmp_path / "vae")
+    assert run(tmp_path / "run", *latents, "data.variants=1", "data.source=cache", f"data.path={tmp_path / 'cache'}") == 0
+    assert not events(tmp_path / "run", "preview")
