@@ -5,7 +5,8 @@
 The model of configs/shapes_cpu.yaml on cached latents of clips of 16 and of 128 frames, made here by a small random VAE, with the
 text states of MiniLM. All ways of doing an update take turns in one process and are compared as ratios, the median of the rounds:
 
-loader         batches read from the cache against one batch that stays in memory, tokens a second
+loader         batches read from the cache against one batch that stays in memory, tokens a second, and the share of its time
+               that the training process itself waits for a batch
 deterministic  gradients in units of so many clips, summed in a fixed order, against whole batches, time
 checkpoints    time that updates wait for checkpoints, of a run that saves every so many updates
 """
@@ -52,7 +53,7 @@ class Arm:
     """One way of doing updates."""
 
     def __init__(self, cfg: config.Config, resident: bool):
-        self.cfg, self.resident = cfg, resident
+        self.cfg, self.resident, self.waited = cfg, resident, 0.0
         accelerator = Accelerator(mixed_precision="bf16")
         torch.manual_seed(0)
         raw, _ = pipeline.build(cfg)
@@ -67,7 +68,10 @@ class Arm:
     def seconds(self, updates: int) -> float:
         started = time.perf_counter()
         for _ in range(updates):
-            self.run.update(self.batch if self.resident else next(self.batches), False, self.window)
+            asked = time.perf_counter()
+            batch = self.batch if self.resident else next(self.batches)
+            self.waited += time.perf_counter() - asked
+            self.run.update(batch, False, self.window)
         return time.perf_counter() - started
 
 
@@ -113,7 +117,8 @@ def main() -> int:
                     "workers 1": Arm(load(*cached, "data.workers=1"), False)}
             taken = compare(arms, args.rounds, args.updates)
             result["loader"][f"{frames} frames"] = {
-                name: ratio(taken["resident"], taken[name]) for name in arms if name != "resident"}
+                name: {**ratio(taken["resident"], taken[name]), "share_of_time_waited": round(arm.waited / sum(taken[name]), 5)}
+                for name, arm in arms.items() if name != "resident"}
             sizes = {16: (1, 2, 4), 128: (1,)}[frames]
             arms = {"whole": Arm(load(*cached), True)}
             parallel.make_deterministic(torch.device("cpu"))

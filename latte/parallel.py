@@ -13,6 +13,7 @@ def make_deterministic(device: torch.device) -> None:
     On a GPU, cuBLAS wants CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment besides, and says so.
     """
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes all memory once more
     torch.backends.cudnn.benchmark = False
     if device.type == "cpu":
         torch.set_num_threads(1)
