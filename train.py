@@ -76,9 +76,10 @@ def _train(cfg: config.Config, accelerator: Accelerator) -> int:
     else:
         model, optimizer = accelerator.prepare(raw, raw_optimizer)
     run = _Run(cfg, accelerator, raw, model, optimizer, ema, text, codec, guard)
+    del model, optimizer  # run.close() must hold the last of them
     writer = checkpoint.Writer(cfg.run, cfg.train.keep_checkpoints, cfg.train.keep_every_steps) if rank == 0 else None
 
-    with contextlib.closing(RunLog(cfg, accelerator, start)) as log:
+    with contextlib.closing(RunLog(cfg, accelerator, start)) as log, contextlib.closing(run):
         log.say(f"{cfg.run}: from update {start} to {cfg.total_steps} on {ranks} process(es), {device.type}")
         for why in wrong:
             log.event("checkpoint", start, f"passed over a damaged checkpoint: {why}")
@@ -188,6 +189,12 @@ class _Run:
             cfg.train.deterministic) else None
         self.text_tokens = 0  # of the longest caption of the batch at hand
         self.last: dict[str, float] = {}  # of the update that was settled last, for the metrics
+
+    def close(self) -> None:
+        """Lets go of the wrapped model before the process group ends: DDP, were it to hold the group last, would wait in its
+        destructor for a thread of the group that waits for the interpreter."""
+        self.model = self.optimizer = None
+        self.accelerator.free_memory()
 
     def update(self, batch: Batch, report: bool, window: Window) -> _Pending:
         """One update, or, where the guard says so on the device, none. Nothing here waits for the device but a report."""
