@@ -197,7 +197,7 @@ class _Run:
         self.accelerator.free_memory()
 
     def update(self, batch: Batch, report: bool, window: Window) -> _Pending:
-        """One update, or, where the guard says so on the device, none. Nothing here waits for the device but a report."""
+        """One update, or, where the guard says so on the device, none. Its result is not read here: see settle."""
         cfg, shape = self.cfg, self.cfg.stages[batch.stage].shapes[batch.bucket]
         key = f"{batch.stage}.{batch.bucket}"
         rate = lr_at(batch.step, cfg.optim, cfg.total_steps, cfg.stages[batch.stage].learning_rate)

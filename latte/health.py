@@ -60,7 +60,7 @@ class Window:
         self.loss = torch.zeros(2, device=self.device)  # sum, updates
         self.bins = torch.zeros(2, TIME_BINS, device=self.device)  # sum, samples
         self.lengths: dict[int, Tensor] = {}  # clip length -> sum, samples
-        self.updates = self.clips = self.frames = self.tokens = 0
+        self.updates = self.frames = self.tokens = 0
         self.flops = self.wait = 0.0
         self.started = time.perf_counter()
 
@@ -86,7 +86,7 @@ class Window:
         place = (times.float() * TIME_BINS).long().clamp(0, TIME_BINS - 1)
         self.bins += kept @ (place[:, None] == torch.arange(TIME_BINS, device=self.device)).float()
         self.lengths[length] = self.lengths.get(length, 0) + kept.sum(1)
-        self.updates, self.clips, self.frames = self.updates + 1, self.clips + clips, self.frames + clips * length
+        self.updates, self.frames = self.updates + 1, self.frames + clips * length
         self.tokens, self.flops = self.tokens + tokens, self.flops + work
 
     def close(self, ranks: int, waited_for_checkpoints: float) -> dict[str, float]:

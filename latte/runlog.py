@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ class RunLog:
     def __init__(self, cfg: config.Config, accelerator: Accelerator, start_step: int):
         self.folder, self.accelerator = Path(cfg.run), accelerator
         self.main = accelerator.is_main_process
-        self.started, self.start_step = time.perf_counter(), start_step
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(config.to_yaml(cfg))
