@@ -66,8 +66,7 @@ def _train(cfg: config.Config, accelerator: Accelerator) -> int:
             accelerator.scaler.load_state_dict(found.extra["scaler"])
         before, now = config.to_dict(found.config), config.to_dict(cfg)
         changed = [key for key in now if key not in ("run", "train", "preview") and now[key] != before.get(key)]
-    if cfg.train.checkpoint_blocks:
-        memory.checkpoint_blocks(raw)
+    memory.apply(raw, cfg.memory)
     if cfg.train.compile:
         for block in [*raw.spatial, *raw.temporal]:
             block.compile()

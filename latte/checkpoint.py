@@ -166,7 +166,7 @@ def read(path: str | Path) -> Checkpoint:
             raise ValueError(f"{path / name}: missing from the checkpoint")
         if _sha256(path / name) != digest:
             raise ValueError(f"{path / name}: damaged, its SHA-256 is not the one in state.json")
-    return Checkpoint(path, step, config.from_dict(values), files, extra)
+    return Checkpoint(path, step, config.from_dict(config.upgraded(values)), files, extra)
 
 
 def newest_good(run: str | Path, up_to: int | None = None) -> tuple[Checkpoint | None, list[str]]:

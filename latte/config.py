@@ -275,7 +275,6 @@ class OptimConfig:
 class TrainConfig:
     mixed_precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast; weights stay float32
     micro_batches: int = 1  # a batch is split into this many backward passes; the update stays the same
-    checkpoint_blocks: bool = False  # recompute each block in the backward pass: 2 values a token and layer pair kept, not 43
     compile: bool = False  # torch.compile each block; needs a C++ compiler on CPU
     log_every_steps: int = 10
     deterministic: bool = False  # bit-equal weights for any number of processes (1, 2, 4, ...), see latte.parallel.FixedOrder
@@ -295,6 +294,29 @@ class TrainConfig:
             _require(getattr(self, name) >= 0, f"train.{name}", f"must be at least 0, got {getattr(self, name)}")
         unknown = set(self.trackers) - {"wandb", "tensorboard"}
         _require(not unknown, "train.trackers", f"knows wandb and tensorboard, got {sorted(unknown)}")
+
+
+@dataclass(kw_only=True)
+class MemoryConfig:
+    """What makes training take less memory, see latte.memory and latte.optim. Nothing here changes an update, but for the rounding
+    of what its comment calls rounded."""
+
+    auto: bool = False  # the planner adds the cheapest levers, among those that round nothing, with which the run fits
+    limit_gib: float = 0.0  # what it has to fit into, on each device; 0 = all that is free
+    activations: float = 1.0  # share of the blocks' activations to keep, the dearest to recompute first; 1 = all, 0 = block inputs
+    offload: bool = False  # kept activations wait for the backward pass in host memory
+    tile_tokens: int = 0  # blocks work on so many tokens at a time and keep only their input; 0 = whole clips
+    mlp_chunks: int = 1  # the MLPs work on one such share of the tokens at a time and recompute it in the backward pass
+    ema: Literal["device", "host"] = "device"  # where the moving average of the weights lives
+    optimizer_in_backward: bool = False  # each weight is updated as soon as its gradient is there, which then goes
+    optimizer_states: Literal["fp32", "bf16", "int8"] = "fp32"  # AdamW's moments; rounded
+    weights: Literal["fp32", "bf16"] = "fp32"  # what is trained; bf16 is rounded stochastically after each update
+
+    def __post_init__(self):
+        _require(0 <= self.activations <= 1, "memory.activations", f"must be between 0 and 1, got {self.activations}")
+        for name in ("limit_gib", "tile_tokens"):
+            _require(getattr(self, name) >= 0, f"memory.{name}", f"must be at least 0, got {getattr(self, name)}")
+        _require(self.mlp_chunks >= 1, "memory.mlp_chunks", f"must be at least 1, got {self.mlp_chunks}")
 
 
 @dataclass(kw_only=True)
@@ -345,6 +367,7 @@ class Config:
     stages: list[StageConfig] = field(default_factory=lambda: [StageConfig()])
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
 
@@ -421,6 +444,14 @@ def from_dict(values: dict[str, Any], overrides: list[str] = ()) -> Config:
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         raise ValueError(f"{key + ': ' if key else ''}{str(error).splitlines()[0]}") from None
+
+
+def upgraded(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of an older checkpoint with the keys of today."""
+    train = dict(values.get("train", {}))
+    recompute = train.pop("checkpoint_blocks", None)
+    moved = {"train": train, "memory": {"activations": 0.0 if recompute else 1.0}} if recompute is not None else {}
+    return {**values, **moved}
 
 
 def to_dict(config: Any) -> dict[str, Any]:

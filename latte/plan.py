@@ -30,7 +30,7 @@ def describe(cfg: config.Config) -> str:
              *(f"left out {name}: {why}" for name, why in clips.dropped.items()), "",
              "key                      latents          tokens/clip  clips/pass  GFLOP/update  peak GiB  s/update"]
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.train.mixed_precision, torch.float32)
-    passes, again = _passes(cfg, codec, 1), 4 / 3 if cfg.train.checkpoint_blocks else 1
+    passes, again = _passes(cfg, codec, 1), 4 / 3 if cfg.memory.activations == 0 else 1
     seconds, work = {}, {}
     for (key, tokens, together, latents), (_, shape) in zip(passes, cfg.shapes(), strict=True):
         f, _, h, w = latents
@@ -96,7 +96,7 @@ def check_room(cfg: config.Config, codec: VideoCodec, device: torch.device, rank
     need, have, files, left = (f"{value / 2**30:.1f} GiB" for value in (peak, free, disk, room))
     text = f"needs at most {need} of memory a process ({key}; {have} free) and {files} of disk for {kept} checkpoints ({left} free)"
     if cfg.train.refuse_misfit and (peak > free or disk > room):
-        hint = "try train.checkpoint_blocks=true, more train.micro_batches or a smaller batch" if peak > free else (
+        hint = "try memory.auto=true, more train.micro_batches or a smaller batch" if peak > free else (
             "keep fewer checkpoints")
         raise ValueError(f"{key if peak > free else 'train.keep_checkpoints'}: the run {text}; {hint}, or start it anyway with "
                          "train.refuse_misfit=false")
@@ -117,4 +117,4 @@ def _passes(cfg: config.Config, codec: VideoCodec, ranks: int) -> list[tuple[str
 def _peak(cfg: config.Config, shape: tuple[int, int, int, int], clips: int, trained: int) -> int:
     f, _, h, w = shape
     return memory.training_peak(cfg.model, f, h, w, clips, cfg.text.max_tokens, cfg.train.mixed_precision != "fp32",
-                                cfg.train.checkpoint_blocks, trained)
+                                cfg.memory.activations == 0, trained)

@@ -10,8 +10,8 @@ from diffusers import LatteTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from latte.attention import attention, rope, rotate
-from latte.config import ModelConfig
-from latte.memory import checkpoint_blocks
+from latte.config import MemoryConfig, ModelConfig
+from latte.memory import apply
 from latte.model import Block, CrossAttention, Latte, flops
 from latte.published import names
 
@@ -121,7 +121,7 @@ def test_every_gradient_equals_the_reference(checkpointed):
     theirs, mine = pair()
     if checkpointed:
         theirs.enable_gradient_checkpointing()
-        checkpoint_blocks(mine)
+        apply(mine, MemoryConfig(activations=0))
     x, t, text = inputs()
     target = random(2, 5, 8, 8, 8, seed=2)
     (call(theirs, x, t, text, MASK) - target).square().mean().backward()

@@ -387,7 +387,8 @@ stages:
   - {{steps: 1, frames: 64, batch_size: 2}}
   - {{steps: 1, frames: 128, batch_size: 2}}
 optim: {{learning_rate: 1.0e-3, warmup_steps: 1}}
-train: {{log_every_steps: 1, checkpoint_blocks: true}}
+train: {{log_every_steps: 1}}
+memory: {{activations: 0}}
 preview: {{count: 0}}
 """
 
@@ -422,7 +423,7 @@ def test_adapters_train_resume_and_go_to_peft(recipe, latte_folder, tmp_path, ca
 
     def run(name, *overrides):
         changes = ["init.lora_rank=2", "stages=[{steps: 4, frames: 4, batch_size: 2}]", "train.save_every_steps=2",
-                   "train.checkpoint_blocks=false", "optim.learning_rate=0.05", *overrides]
+                   "memory.activations=1", "optim.learning_rate=0.05", *overrides]
         AcceleratorState._reset_state(reset_partial_state=True)
         assert train.train(config.load(recipe, [f"run={tmp_path / name}", *changes])) == 0
         return tmp_path / name

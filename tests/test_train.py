@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import train
 from data_tools import cache
 from latte import checkpoint, config, memory, parallel, pipeline, plan, video
+from latte.config import MemoryConfig
 from latte.model import Latte
 
 ROOT = Path(__file__).parent.parent
@@ -505,7 +506,7 @@ def test_the_planned_memory_is_that_of_a_real_step(autocast, checkpointed, above
     cfg = dataclasses.replace(config.load(TINY).model, layers=3)
     model = Latte(cfg)
     if checkpointed:
-        memory.checkpoint_blocks(model)
+        memory.apply(model, MemoryConfig(activations=0))
     x, t, text = torch.zeros(2, 8, 3, 32, 32), torch.zeros(2), torch.zeros(2, 20, cfg.text_channels)
     now = most = x.nbytes + text.nbytes + 4 * sum(p.numel() for p in model.parameters())
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
