@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from latte import cached, checkpoint, config, diffusion, keyed, lora, memory, parallel, pipeline, plan, video
+from latte import cached, checkpoint, config, diffusion, hardware, keyed, lora, memory, parallel, pipeline, plan, video
 from latte.codec import VideoCodec
 from latte.data import Batch, make_loader, open_clips, table
 from latte.guard import Guard
@@ -91,7 +91,7 @@ def _train(cfg: config.Config, accelerator: Accelerator) -> int:
             log.say(f"left out {name}: {why}")
         log.say(needs)
         stop = _Stop()
-        window = Window(device, memory.peak_flops(device, run.dtype))
+        window = Window(device, hardware.peak_flops(device, run.dtype))
         saved_at = time.monotonic()
 
         while start < cfg.total_steps:

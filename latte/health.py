@@ -51,7 +51,7 @@ class Window:
     """Sums over the updates since the last line of metrics."""
 
     def __init__(self, device: torch.device, peak_flops: float):
-        """peak_flops: operations a second of one device at its best, see latte.memory.peak_flops."""
+        """peak_flops: operations a second of one device at its best, see latte.hardware.peak_flops."""
         self.device, self.peak_flops, self.waited_for_checkpoints = device, peak_flops, 0.0
         self.restart()
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from latte import checkpoint, config, keyed, lora, memory, published, sampler
+from latte import checkpoint, config, keyed, lora, published, sampler, trace
 from latte.codec import VideoCodec, to_frames
 from latte.config import (
     CodecConfig,
@@ -205,8 +205,8 @@ def plan(cfg: Config, frames: int, height: int, width: int, guidance: float, dty
              for part, module in parts.items()}
     phases = {"text": weight_bytes(cfg.text) + sizes["vae"]} if cfg.model.conditioning == "text" else {}
     pixels = 2 * 4 * 3 * frames * height * width  # of the whole clip in float32, in pieces and joined
-    return phases | {"denoising": memory.peak(denoise, dtype) + sizes["vae"],
-                     "decoding": memory.peak(decode, dtype) + sizes["latte"] + pixels}
+    return phases | {"denoising": trace.peak(denoise, dtype) + sizes["vae"],
+                     "decoding": trace.peak(decode, dtype) + sizes["latte"] + pixels}
 
 
 def configure(path: str, overrides: list[str] = ()) -> Config:

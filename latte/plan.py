@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from latte import checkpoint, config, lora, memory
+from latte import checkpoint, config, hardware, lora, trace
 from latte.codec import VideoCodec
 from latte.data import open_clips, table
 from latte.model import Latte, flops
@@ -35,7 +35,7 @@ def describe(cfg: config.Config) -> str:
     for (key, tokens, together, latents), (_, shape) in zip(passes, cfg.shapes(), strict=True):
         f, _, h, w = latents
         work[key] = 3 * again * shape.batch_size * flops(cfg.model, f, h, w, cfg.text.max_tokens)
-        pair, = memory.pair_seconds(cfg.model, f, h, w, [together], cfg.text.max_tokens, device, dtype)
+        pair, = hardware.pair_seconds(cfg.model, f, h, w, [together], cfg.text.max_tokens, device, dtype)
         seconds[key] = pair * again * cfg.model.layers * shape.batch_size / together
         lines.append(f"{key:24s} {'x'.join(map(str, latents)):16s} {tokens:11d} {together:11d} {work[key] / 1e9:13.1f} "
                      f"{_peak(cfg, latents, together, trained) / 2**30:9.2f} {seconds[key]:9.3f}")
@@ -54,7 +54,7 @@ def describe(cfg: config.Config) -> str:
     if cfg.train.deterministic:
         key, _, together, (f, _, h, w) = passes[-1]
         batch = cfg.shapes()[-1][1].batch_size
-        alone, whole = memory.pair_seconds(cfg.model, f, h, w, [together, batch], cfg.text.max_tokens, device, dtype)
+        alone, whole = hardware.pair_seconds(cfg.model, f, h, w, [together, batch], cfg.text.max_tokens, device, dtype)
         more = alone * batch / together / whole - 1
         lines.append(f"deterministic mode: {more:+.1%} time for {key}, in units of {together} instead of {batch}")
     try:
@@ -71,7 +71,7 @@ def check_room(cfg: config.Config, codec: VideoCodec, device: torch.device, rank
         if cfg.init.lora_rank:
             lora.add(raw, cfg.init)
     size, trained = sum(p.numel() for p in raw.parameters()), sum(p.numel() for p in checkpoint.trained(raw).values())
-    free, place = memory.available(device), Path(cfg.run)
+    free, place = hardware.available(device), Path(cfg.run)
     if device.type == "cpu":
         free //= ranks
     while not place.exists():
@@ -116,5 +116,5 @@ def _passes(cfg: config.Config, codec: VideoCodec, ranks: int) -> list[tuple[str
 
 def _peak(cfg: config.Config, shape: tuple[int, int, int, int], clips: int, trained: int) -> int:
     f, _, h, w = shape
-    return memory.training_peak(cfg.model, f, h, w, clips, cfg.text.max_tokens, cfg.train.mixed_precision != "fp32",
+    return trace.training_peak(cfg.model, f, h, w, clips, cfg.text.max_tokens, cfg.train.mixed_precision != "fp32",
                                 cfg.memory.activations == 0, trained)

@@ -14,10 +14,11 @@ FLOORS = [
     {"latte.config", "latte.video", "latte.keyed"},
     {"latte.attention", "latte.diffusion", "latte.optim", "latte.metrics", "latte.world", "latte.guard"},
     {"latte.model", "latte.sampler"},
-    {"latte.codec", "latte.text", "latte.checkpoint", "latte.parallel", "latte.memory", "latte.runlog"},
+    {"latte.codec", "latte.text", "latte.checkpoint", "latte.parallel", "latte.memory", "latte.hardware",
+     "latte.runlog"},
     {"latte.published", "latte.clips", "latte.health"},
     {"latte.cached", "latte.lora"},
-    {"latte.data"},
+    {"latte.data", "latte.trace"},
     {"latte.pipeline", "latte.plan"},
     {"train", "sample", "latte.evaluate", "latte.reproduce", "latte.app"},
 ]

@@ -20,7 +20,7 @@ from transformers import T5Config
 
 import sample
 import train
-from latte import checkpoint, config, diffusion, lora, memory, pipeline, published, sampler
+from latte import checkpoint, config, diffusion, lora, pipeline, published, sampler, trace
 from latte.config import DiffusionConfig, InitConfig, ModelConfig, SamplerConfig
 from latte.model import Latte, frame_times
 from latte.text import TextEncoder
@@ -506,7 +506,7 @@ def test_the_plan_counts_what_a_real_pass_holds(latte_folder, capsys):
         real(x, t, text)
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     most = max(np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]))
-    assert memory.peak(make, torch.float32) == pytest.approx(held + most, rel=0.05)
+    assert trace.peak(make, torch.float32) == pytest.approx(held + most, rel=0.05)
     assert sample.main([str(latte_folder), "--prompt", "a dog", "--dry-run"]) == 0
     assert "denoising" in capsys.readouterr().out
 

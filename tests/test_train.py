@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import train
 from data_tools import cache
-from latte import checkpoint, config, memory, parallel, pipeline, plan, video
+from latte import checkpoint, config, memory, parallel, pipeline, plan, trace, video
 from latte.config import MemoryConfig
 from latte.model import Latte
 
@@ -476,7 +476,7 @@ def test_buckets_train_with_a_learning_rate_of_their_stage(tmp_path):
 
 
 def test_what_cannot_fit_is_refused_before_it_starts(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan.memory, "available", lambda device: 2**20)
+    monkeypatch.setattr(plan.hardware, "available", lambda device: 2**20)
     with pytest.raises(ValueError, match=r"stages\.1: the run needs at most .* GiB of memory .*train\.refuse_misfit=false"):
         run(tmp_path / "a")
     assert run(tmp_path / "b", "train.refuse_misfit=false", "stages.0.steps=1", "stages.1.steps=1") == 0
@@ -517,7 +517,7 @@ def test_the_planned_memory_is_that_of_a_real_step(autocast, checkpointed, above
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
         most = max(most, now)
-    planned = memory.training_peak(cfg, 8, 32, 32, 2, 20, autocast, checkpointed, trained=0)
+    planned = trace.training_peak(cfg, 8, 32, 32, 2, 20, autocast, checkpointed, trained=0)
     assert 1 - 0.02 <= planned / most <= 1 + above
 
 
