@@ -208,7 +208,7 @@ def summary(found: dict, side: int, frames: int) -> str:
             else:
                 against = f" ({value / first[counter]:.3f})" if name != "peer" else ""
                 unit = "" if counter.startswith("ops") else " G"
-                row.append((f"{value / 1e9:.2f}" if unit else str(value)) + unit + against)
+                row.append((f"{value / 1e9:.4g}" if unit else str(value)) + unit + against)
         if counter in GOALS:
             row.append(f"<= {GOALS[counter]} x")
         elif counter.startswith("saved"):
