@@ -22,9 +22,9 @@ from latte import cached, checkpoint, config, diffusion, hardware, keyed, lora, 
 from latte.codec import VideoCodec
 from latte.data import Batch, make_loader, open_clips, table
 from latte.guard import Guard
-from latte.health import Step, Window, by_group
+from latte.health import Step, Window, by_group, ratios
 from latte.model import Latte, flops, frame_times
-from latte.optim import EMA, lr_at, make_optimizer
+from latte.optim import EMA, InBackward, lr_at, make_optimizer
 from latte.runlog import RunLog
 from latte.text import TextEncoder
 from latte.world.caption import caption
@@ -55,7 +55,8 @@ def _train(cfg: config.Config, accelerator: Accelerator) -> int:
     torch.manual_seed(cfg.seed)  # initial weights only; training draws keyed numbers
     raw, notes = pipeline.build(cfg)
     raw.to(device)
-    raw_optimizer, ema = make_optimizer(raw, cfg.optim), EMA(raw, cfg.optim.ema_decay)
+    raw_optimizer = make_optimizer(raw, cfg.optim, cfg.memory, cfg.seed)
+    ema = EMA(raw, cfg.optim.ema_decay, cfg.memory.ema)
 
     found, wrong = checkpoint.newest_good(cfg.run)
     start, guard, changed = 0, Guard(cfg.guard), []
@@ -66,14 +67,12 @@ def _train(cfg: config.Config, accelerator: Accelerator) -> int:
             accelerator.scaler.load_state_dict(found.extra["scaler"])
         before, now = config.to_dict(found.config), config.to_dict(cfg)
         changed = [key for key in now if key not in ("run", "train", "preview") and now[key] != before.get(key)]
-    memory.apply(raw, cfg.memory)
-    if cfg.train.compile:
-        for block in [*raw.spatial, *raw.temporal]:
-            block.compile()
+    memory.apply(raw, parallel.compile_blocks(raw, cfg.memory) if cfg.train.compile else cfg.memory)
+    # The optimizer's state is where it belongs: accelerate would bring it there in the weights' dtype.
     if cfg.train.deterministic:  # its gradients are added up by FixedOrder, not by DDP
-        model, optimizer = raw, accelerator.prepare(raw_optimizer)
+        model, optimizer = raw, accelerator.prepare(raw_optimizer, device_placement=[False])
     else:
-        model, optimizer = accelerator.prepare(raw, raw_optimizer)
+        model, optimizer = accelerator.prepare(raw, raw_optimizer, device_placement=[True, False])
     run = _Run(cfg, accelerator, raw, model, optimizer, ema, text, codec, guard)
     del model, optimizer  # run.close() must hold the last of them
     writer = checkpoint.Writer(cfg.run, cfg.train.keep_checkpoints, cfg.train.keep_every_steps) if rank == 0 else None
@@ -186,13 +185,18 @@ class _Run:
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.train.mixed_precision, torch.float32)
         self.fixed = parallel.FixedOrder(list(raw.parameters()), accelerator.process_index, self.ranks) if (
             cfg.train.deterministic) else None
+        self.inner = getattr(optimizer, "optimizer", optimizer)
+        self.early = InBackward(raw, self.inner) if cfg.memory.optimizer_in_backward else None
         self.text_tokens = 0  # of the longest caption of the batch at hand
         self.last: dict[str, float] = {}  # of the update that was settled last, for the metrics
 
     def close(self) -> None:
         """Lets go of the wrapped model before the process group ends: DDP, were it to hold the group last, would wait in its
         destructor for a thread of the group that waits for the interpreter."""
-        self.model = self.optimizer = None
+        self.model = self.optimizer = self.inner = None
+        if self.early:
+            self.early.close()
+            self.early = None
         self.accelerator.free_memory()
 
     def update(self, batch: Batch, report: bool, window: Window) -> _Pending:
@@ -200,41 +204,57 @@ class _Run:
         cfg, shape = self.cfg, self.cfg.stages[batch.stage].shapes[batch.bucket]
         key = f"{batch.stage}.{batch.bucket}"
         rate = lr_at(batch.step, cfg.optim, cfg.total_steps, cfg.stages[batch.stage].learning_rate)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        loss, losses, times = self._gradients(batch, shape.batch_size)
-        if self.accelerator.scaler is not None:
-            self.accelerator.unscale_gradients(self.optimizer)
-        trained = {name: p for name, p in self.raw.named_parameters() if p.grad is not None}
-        norms = torch.stack(torch._foreach_norm([p.grad for p in trained.values()]))
-        norm = norms.norm()
-        most_loss, most_norm = self.guard.limits(batch.step, key)
-        done = norm.isfinite() & loss.isfinite() & (loss <= most_loss) & (norm <= most_norm)
-        if cfg.optim.grad_clip and batch.step >= cfg.optim.clip_from_step:
-            torch.nn.utils.clip_grads_with_norm_(trained.values(), cfg.optim.grad_clip, norm)
-        move = Step(checkpoint.trained(self.raw)) if report else None
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        if self.accelerator.scaler is None:  # a scaler leaves out by itself what is not finite
-            inner.found_inf = (~done).float()  # the fused kernel then changes nothing
-        self.optimizer.step()
-        inner.found_inf = None
-        self.optimizer.zero_grad(set_to_none=True)
+        self.inner.begin(batch.step, rate)
+        loss, losses, times = self._gradients(batch, shape.batch_size, report)
+        if self.early:  # the weights have moved
+            names = [name for name, _ in self.raw.named_parameters() if name in self.early.norms]
+            norms = torch.stack([self.early.norms[name] for name in names])
+            norm = norms.norm()
+            done = norm.isfinite() & loss.isfinite()
+            moved = ratios(names, *torch.stack([self.early.moved[name] for name in names], 1)) if report else None
+        else:
+            names, norms, norm, done, moved = self._step(batch.step, key, loss, report)
         self.ema.update(self.raw, batch.step, done)
         f, c, h, w = self.codec.latent_shape(shape.frames, shape.height, shape.width)
         f += shape.image_frames
         work = 3 * shape.batch_size * flops(cfg.model, f, h, w, self.text_tokens)
         window.count(loss, done, losses, times, shape.frames, shape.batch_size,
                      shape.batch_size * f * h * w // cfg.model.patch_size**2, work)
-        return _Pending(batch, key, rate, torch.stack([loss, norm, done.float()]), norms, list(trained), losses, times,
-                        move.ratios() if move else None)
+        return _Pending(batch, key, rate, torch.stack([loss, norm, done.float()]), norms, names, losses, times, moved)
 
-    def _gradients(self, batch: Batch, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Leaves the gradient of the mean loss over the whole batch. Returns that loss, and this process's losses [b] and times
-        [b]."""
+    def _step(self, step: int, key: str, loss: torch.Tensor, report: bool
+              ) -> tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor, dict[str, float] | None]:
+        """Moves the weights by their gradients, which then go. Returns the names of the weights and the norms [k] of their
+        gradients, the norm of all, whether the update was done, and for a report how far it moved each kind of layer."""
+        cfg = self.cfg
+        if self.accelerator.scaler is not None:
+            self.accelerator.unscale_gradients(self.optimizer)
+        trained = {name: p for name, p in self.raw.named_parameters() if p.grad is not None}
+        norms = torch.stack(torch._foreach_norm([p.grad for p in trained.values()], dtype=torch.float32))
+        norm = norms.norm()
+        most_loss, most_norm = self.guard.limits(step, key)
+        done = norm.isfinite() & loss.isfinite() & (loss <= most_loss) & (norm <= most_norm)
+        if cfg.optim.grad_clip and step >= cfg.optim.clip_from_step:
+            torch.nn.utils.clip_grads_with_norm_(trained.values(), cfg.optim.grad_clip, norm)
+        self.ema.wait()
+        move = Step(checkpoint.trained(self.raw)) if report else None
+        if self.accelerator.scaler is None:  # a scaler leaves out by itself what is not finite
+            self.inner.found_inf = (~done).float()  # the optimizer then changes nothing
+        self.optimizer.step()
+        self.inner.found_inf = None
+        self.optimizer.zero_grad(set_to_none=True)
+        return list(trained), norms, norm, done, move.ratios() if move else None
+
+    def _gradients(self, batch: Batch, size: int, report: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Leaves the gradient of the mean loss over the whole batch, or has moved the weights by it (memory.optimizer_in_backward).
+        Returns that loss, and this process's losses [b] and times [b]."""
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def backward(part: Batch, factor: float) -> torch.Tensor:
             losses, times = self._losses(part)
+            if self.early:
+                self.ema.wait()
+                self.early.begin(losses.sum(), report)
             self.accelerator.backward(losses.sum() * factor)
             seen.append((losses.detach(), times))
             return losses.detach().sum() / size
@@ -257,7 +277,7 @@ class _Run:
 
         def normal(purpose: str, shape: tuple[int, ...]) -> torch.Tensor:
             draws = [keyed.normal(shape, cfg.seed, purpose, p) for p in part.positions]
-            return torch.from_numpy(np.stack(draws)).to(device)
+            return torch.stack([torch.from_numpy(draw) for draw in draws]).to(device)
 
         images = len(part.captions[0]) - 1
         x0 = part.x.to(device).float()
@@ -367,6 +387,8 @@ def _check_fit(cfg: config.Config, clips, text: TextEncoder | None, codec: Video
     for key, value in needed.items():
         if getattr(cfg.model, key) != value:
             raise ValueError(f"model.{key}: must be {value} for this text encoder, codec and data, got {getattr(cfg.model, key)}")
+    if cfg.memory.optimizer_in_backward and ranks > 1:
+        raise ValueError(f"memory.optimizer_in_backward: needs one process, as gradients are exchanged together; got {ranks}")
     for key, shape in cfg.shapes():
         if codec.time_factor > 1 and shape.image_frames:
             raise ValueError(f"{key}.image_frames: this VAE codes frames together, so images cannot join a clip")
@@ -383,7 +405,7 @@ def preview(cfg: config.Config, trained: Latte, ema: EMA, text: TextEncoder | No
     frames, fps = cfg.preview.frames or stage.frames, max(stage.fps)
     if cfg.data.source == "cache":  # training on a cache has neither in memory
         text, codec = TextEncoder(cfg.text, device) if cfg.model.conditioning == "text" else None, VideoCodec(cfg.codec, device)
-    model = copy.deepcopy(trained).eval()
+    model = copy.deepcopy(trained).eval().float()  # as the average is, whatever the weights are
     for name, p in checkpoint.trained(model).items():
         p.copy_(ema.weights[name])
     pipe = pipeline.Pipeline(cfg, model, text, codec, device)

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from latte import config
-from latte.optim import EMA
+from latte.optim import EMA, AdamW
 
 FORMAT = 1
 
@@ -216,8 +216,11 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, name: str = "ema.safe
 
 
 @torch.no_grad()
-def load(checkpoint: Checkpoint, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> int:
-    """Restores a training state in place and returns the number of updates done. Raises ValueError when it does not fit."""
+def load(checkpoint: Checkpoint, model: nn.Module, ema: EMA, optimizer: AdamW) -> int:
+    """Restores a training state in place and returns the number of updates done. Raises ValueError when it does not fit.
+
+    Weights and moments stored in another number of bits than they now have are converted.
+    """
     load_weights(model, checkpoint, "model.safetensors")
     _copy(ema.weights, _tensors(checkpoint, "ema.safetensors"), checkpoint.path / "ema.safetensors")
     names = {id(p): n for n, p in model.named_parameters()}
@@ -228,9 +231,7 @@ def load(checkpoint: Checkpoint, model: nn.Module, ema: EMA, optimizer: torch.op
     for group in optimizer.param_groups:
         for p in group["params"]:
             if names[id(p)] in stored:
-                slots = stored[names[id(p)]]
-                # a fused optimizer of a GPU keeps its count of steps there too
-                optimizer.state[p] = {s: v.to(p.device) for s, v in slots.items()}
+                optimizer.restore(p, stored[names[id(p)]])
             else:
                 optimizer.state.pop(p, None)
     return checkpoint.step

@@ -389,6 +389,17 @@ class Config:
                      f"height and width must divide by model.patch_size ({self.model.patch_size})")
         _require(self.guard.spike == "ignore" or self.train.mixed_precision != "fp16", "guard.spike",
                  "fp16 scales the loss and leaves out updates by itself; guard against spikes in bf16 or fp32")
+        _require(self.memory.weights == "fp32" or self.train.mixed_precision == "bf16", "memory.weights",
+                 f"bf16 needs train.mixed_precision=bf16, got {self.train.mixed_precision}")
+        if self.memory.optimizer_in_backward:
+            for key, value, needed, why in (
+                    ("optim.grad_clip", self.optim.grad_clip, 0, "the norm of the whole gradient is known too late"),
+                    ("train.micro_batches", self.train.micro_batches, 1, "gradients of several passes would have to wait"),
+                    ("train.deterministic", self.train.deterministic, False, "gradients of several units would have to wait"),
+                    ("guard.spike", self.guard.spike, "ignore", "the weights have moved before a spike is known"),
+                    ("train.mixed_precision", self.train.mixed_precision, ("fp32", "bf16"), "fp16 unscales the whole gradient")):
+                _require(value in needed if isinstance(needed, tuple) else value == needed, "memory.optimizer_in_backward",
+                         f"{why}; it needs {key}={' or '.join(needed) if isinstance(needed, tuple) else needed}, got {value}")
 
     def shapes(self) -> list[tuple[str, ShapeConfig]]:
         """Every clip shape of the run with its dotted key."""

@@ -29,6 +29,12 @@ def by_group(names: Iterable[str], norms: Tensor) -> dict[str, float]:
     return {group: value**0.5 for group, value in sums.items()}
 
 
+def ratios(names: Iterable[str], change: Tensor, size: Tensor) -> dict[str, float]:
+    """Norm of the change over norm of the weights, for each kind of layer, from both norms [k] of the parameters with these names."""
+    moved, size = by_group(names, change), by_group(names, size)
+    return {group: moved[group] / max(size[group], 1e-12) for group in moved}
+
+
 class Step:
     """How far one update moves the weights: made before the optimizer's step, asked after it. Holds a copy of the weights
     meanwhile."""
@@ -42,9 +48,8 @@ class Step:
     def ratios(self) -> dict[str, float]:
         """Norm of the change over norm of the weights, for each kind of layer."""
         now = [p.detach() for p in self.parameters.values()]
-        change = torch.stack(torch._foreach_norm(torch._foreach_sub(now, self.before)))
-        moved, size = by_group(self.parameters, change), by_group(self.parameters, torch.stack(torch._foreach_norm(now)))
-        return {group: moved[group] / max(size[group], 1e-12) for group in moved}
+        change = torch.stack(torch._foreach_norm(torch._foreach_sub(now, self.before), dtype=torch.float32))
+        return ratios(self.parameters, change, torch.stack(torch._foreach_norm(now, dtype=torch.float32)))
 
 
 class Window:

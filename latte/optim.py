@@ -162,16 +162,25 @@ def rounded(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @functools.cache
-def codes(signed: bool) -> Tensor:
-    """The 255 numbers that 8 bits stand for, times a block's scale, float32 in rising order: -1 to 1, or 1e-7 to 1 without 0.
+def codes(signed: bool, device: torch.device) -> Tensor:
+    """The numbers that 8 bits stand for, times a block's scale, float32 in rising order: [128] from 0 to 1, to which a sign is
+    added, or [255] from 3e-7 to 1, which are never 0.
 
-    Dynamic codes (Dettmers et al., arXiv 2110.02861, section 2.2): each power of ten down has half as many, so that large numbers
-    are precise and small ones are there. Different from the paper, -1 and 1 are both there, and a root is never 0.
+    Dynamic codes (Dettmers et al., arXiv 2110.02861, section 2.2): each power of ten has half as many as the one above, so that
+    large numbers are precise and small ones are there. Different from the paper, -1 is there as well as 1, and a root is never 0.
     """
-    levels = [10.0**-e * (edges[1:] + edges[:-1]) / 2 for e in range(6 if signed else 7)
-              for edges in [torch.linspace(0.1, 1, 2 ** ((6 if signed else 7) - e) + 1, dtype=torch.float64)]]
-    above = torch.cat([*levels, torch.ones(1, dtype=torch.float64)]).sort().values
-    return (torch.cat([-above.flip(0), torch.zeros(1), above]) if signed else above).float()
+    levels = 6 if signed else 7
+    edges = [10.0**-level * torch.linspace(0.1, 1, 2 ** (levels - level) + 1, dtype=torch.float64) for level in range(levels)]
+    middles = torch.cat([(edge[1:] + edge[:-1]) / 2 for edge in edges])
+    return torch.cat([middles, torch.tensor([0.0, 1.0] if signed else [1.0])]).float().sort().values.to(device)
+
+
+@functools.cache
+def _places(signed: bool, device: torch.device) -> Tensor:
+    """The code at or below each bf16 number from 0 to 1, by its bits, int32. No two codes are nearer than two such numbers."""
+    grid = torch.arange(2**7 * 127 + 1, dtype=torch.int16).view(torch.bfloat16).float()
+    table = codes(signed, torch.device("cpu"))
+    return torch.bucketize(grid, table, out_int32=True, right=True).sub_(1).clamp_(0, len(table) - 2).to(device)
 
 
 def unpacked(state: dict[str, Tensor], slot: str) -> Tensor:
@@ -180,7 +189,10 @@ def unpacked(state: dict[str, Tensor], slot: str) -> Tensor:
     if stored.dtype != torch.uint8:
         return stored.float()
     signed = slot == "exp_avg"
-    values = _blocks(codes(signed).to(stored.device).index_select(0, stored.flatten().int())) * state[f"{slot}_scale"][:, None]
+    table = codes(signed, stored.device)
+    if signed:
+        table = torch.cat([-table.flip(0)[:-1], table])
+    values = _blocks(table.index_select(0, stored.flatten().int())).mul_(state[f"{slot}_scale"][:, None])
     values = values.flatten()[:stored.numel()].view_as(stored)
     return values if signed else values.square_()
 
@@ -196,18 +208,23 @@ def _pack(state: dict[str, Tensor], slot: str, value: Tensor, generator: torch.G
         state[slot].copy_(rounded(value, generator))  # a bf16 number that did not change is not rounded
         return
     signed = slot == "exp_avg"
-    table = codes(signed).to(value.device)
-    x = _blocks((value if signed else value.sqrt_()).flatten())
-    scale = x.abs().amax(1)
+    table = codes(signed, value.device)
+    negative = value < 0
+    x = _blocks(value.abs_().flatten() if signed else value.sqrt_().flatten())
+    scale = x.amax(1)
     x = x.div_(scale.clamp(min=1e-30)[:, None]).flatten()[:value.numel()]
-    below = torch.bucketize(x, table, out_int32=True, right=True).sub_(1).clamp_(0, len(table) - 2)
-    x -= table.index_select(0, below)
-    gap = table.diff().index_select(0, below)
-    below += x > gap.mul_(torch.rand(x.shape, generator=generator, device=x.device))
-    below = below.to(torch.uint8).view_as(state[slot])
+    code = _places(signed, x.device).index_select(0, x.view(torch.int32) >> 16)
+    code += x >= table.index_select(0, code + 1)  # its bf16 number may lie below the next code, and x above
+    code.clamp_(max=len(table) - 2)
+    x -= table.index_select(0, code)
+    gap = table.diff().index_select(0, code)
+    code += x > gap.mul_(torch.rand(x.shape, generator=generator, device=x.device))
+    if signed:
+        code = torch.where(negative.flatten(), -code, code).add_(len(table) - 1)
+    code = code.to(torch.uint8).view_as(state[slot])
     if found_inf is not None:
-        below, scale = (torch.where(found_inf != 0, state[key], new) for key, new in ((slot, below), (f"{slot}_scale", scale)))
-    state[slot].copy_(below)
+        code, scale = (torch.where(found_inf != 0, state[key], new) for key, new in ((slot, code), (f"{slot}_scale", scale)))
+    state[slot].copy_(code)
     state[f"{slot}_scale"].copy_(scale)
 
 
