@@ -181,6 +181,8 @@ class Latte(nn.Module):
         Raises ValueError for shapes that do not fit, and for a condition that this model does not take.
         """
         cfg, p, dtype = self.cfg, self.cfg.patch_size, self.out.weight.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.float32  # of the residual stream, also where the weights are bf16
         _check(cfg, x, t, text, text_mask, labels, image_frames, frame_times)
         video = x.shape[1] - image_frames
         h, w = x.shape[3] // p, x.shape[4] // p

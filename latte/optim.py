@@ -128,7 +128,7 @@ class InBackward:
         self.optimizer = optimizer
         self.groups = {p: group for group in optimizer.param_groups for p in group["params"]}
         self.norms: dict[str, Tensor] = {}
-        self.moved: dict[str, tuple[Tensor, Tensor]] = {}
+        self.moved: dict[str, Tensor] = {}  # [2] each
         self.hooks = [p.register_post_accumulate_grad_hook(functools.partial(self._update, name))
                       for name, p in model.named_parameters() if p.requires_grad]
 
@@ -150,7 +150,7 @@ class InBackward:
         self.optimizer.update([p], self.groups[p], (~(self.finite & norm.isfinite())).float())
         p.grad = None
         if before is not None:
-            self.moved[name] = tuple(torch._foreach_norm([p.detach() - before, p.detach()], dtype=torch.float32))
+            self.moved[name] = torch.stack(torch._foreach_norm([p.detach() - before, p.detach()], dtype=torch.float32))
 
 
 def rounded(x: Tensor, generator: torch.Generator) -> Tensor:
