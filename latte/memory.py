@@ -1,19 +1,258 @@
-"""Saving memory from outside a finished model, without changing its numbers."""
+"""Saving memory from outside a finished model: what its blocks keep for the backward pass, and how much they work on at a time.
 
+Nothing here changes numbers: frames are independent of one another in spatial blocks, positions in temporal ones and tokens in
+MLPs, and what is computed again is the same arithmetic.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
 from functools import partial
 
-from torch.utils.checkpoint import checkpoint
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import flop_registry
 
+from latte import lean
 from latte.config import MemoryConfig
-from latte.model import Latte
+from latte.model import Block, Latte
+
+CPU_TILE = 4096  # tokens that sampling on a CPU works on at a time, whose tensors the cache and the allocator have at hand
+OFFLOADED_FROM = 2**20  # bytes; smaller tensors stay on the device
+ATTENTION_COST = 3  # an operation of attention takes about as long as so many of a matrix product
 
 
 def apply(model: Latte, cfg: MemoryConfig) -> None:
-    """Keeps only the input of each block for the backward pass and computes the block again there (Chen et al., arXiv 1604.06174).
+    """Makes a model's blocks work as cfg.activations, offload, tile_tokens and mlp_chunks say. Compile the blocks before this.
 
-    Of a layer pair, 2 * width values a token stay instead of about 43 * width, for a third more arithmetic.
+    Of the some 43 * width values a token that a layer pair keeps for the backward pass, activations = 0 leaves 2 * width, for a
+    third more arithmetic (Chen et al., arXiv 1604.06174).
     """
-    if cfg.activations == 1:
-        return
-    for block in [*model.spatial, *model.temporal]:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    store = _HostStore() if cfg.offload else None
+    for blocks, axis in ((model.spatial, 1), (model.temporal, 2)):
+        for block in blocks:
+            if cfg.mlp_chunks > 1:
+                block.mlp.forward = partial(_in_chunks, block.mlp.forward, cfg.mlp_chunks)
+            if cfg.tile_tokens:
+                block.forward = partial(_in_tiles, block, block.forward, axis, cfg.tile_tokens)
+            elif cfg.activations < 1:
+                block.forward = partial(_recomputed, block.forward, _Selective(block.forward, cfg.activations))
+            if store:
+                block.forward = partial(store.around, block.forward)
+
+
+def _recomputed(forward: Callable[..., Tensor], keep: "_Selective | None", *args: Tensor, **kwargs: Tensor) -> Tensor:
+    """forward(...) that keeps its inputs, and of what is in between only what `keep` says, for the backward pass."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    device = args[0].device.type
+    # Without autocast's cache, casts are computed again like the rest, and tiles' gradients add up in the weights' own precision.
+    with torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), cache_enabled=False):
+        context = {"context_fn": keep.contexts(*args, **kwargs)} if keep is not None and keep.share > 0 else {}
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **context, **kwargs)
+
+
+def _in_chunks(mlp: Callable[[Tensor], Tensor], chunks: int, x: Tensor) -> Tensor:
+    """mlp(x [b f n d]) on one share of the tokens after the other."""
+    rows = x.reshape(-1, x.shape[-1])
+    parts = rows.chunk(chunks)
+    if torch.is_grad_enabled():
+        return torch.cat([_recomputed(mlp, None, part) for part in parts]).view(x.shape)
+    out = torch.empty_like(rows, dtype=torch.get_autocast_dtype(x.device.type) if (
+        torch.is_autocast_enabled(x.device.type)) else rows.dtype)
+    for part, into in zip(parts, out.chunk(chunks), strict=True):
+        into.copy_(mlp(part))
+    return out.view(x.shape)
+
+
+def _in_tiles(block: Block, forward: Callable[..., Tensor], axis: int, tokens: int, x: Tensor, mod: Tensor,
+              text: Tensor | None = None, bias: Tensor | None = None, turn: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """The block's forward pass, clip by clip, on whole frames (axis 1) or positions (axis 2) of `tokens` tokens together.
+
+    With gradients, each tile keeps its input alone. Arguments are those of Block.forward.
+    """
+    size = max(1, tokens // x.shape[3 - axis])
+    if torch.is_grad_enabled():
+        clips = [torch.cat([_recomputed(forward, None, x_tile, *given) for x_tile, *given in tiles], dim=axis)
+                 for tiles in _tiles(x, mod, text, bias, turn, axis, size)]
+        return torch.cat(clips) if len(clips) > 1 else clips[0]
+    short = lean.fits(block, x, mod, text)
+    out = torch.empty_like(x)
+    for clip, tiles in enumerate(_tiles(x, mod, text, bias, turn, axis, size)):
+        prepared, start = None, 0
+        for x_tile, mod_tile, *words, turns in tiles:
+            into = out[clip:clip + 1].narrow(axis, start, x_tile.shape[axis])
+            start += x_tile.shape[axis]
+            if short:
+                prepared = prepared or lean.Clip(block, mod_tile, *words)
+                into[0].copy_(prepared(x_tile[0], axis, turns))
+            else:
+                into.copy_(forward(x_tile, mod_tile, *words, turns))
+    return out
+
+
+def _tiles(x: Tensor, mod: Tensor, text: Tensor | None, bias: Tensor | None, turn: tuple[Tensor, Tensor] | None, axis: int,
+           size: int) -> Iterator[Iterator[tuple]]:
+    """Of each clip, each tile's share of the arguments of Block.forward."""
+    images = 0 if text is None else text.shape[1] - 1
+    sizes = [size] * (x.shape[axis] - images >= size) * ((x.shape[axis] - images) // size)
+    rest = x.shape[axis] - images - sum(sizes)
+    sizes += [rest] * (rest > 0) + [1] * images
+    for clip, x_clip in enumerate(x.split(1)):
+        own = slice(clip, clip + 1)
+        turns = None if turn is None else tuple(y if len(y) == 1 else y[own] for y in turn)
+
+        def tiles(own=own, x_clip=x_clip, turns=turns):
+            start = 0
+            for number, x_tile in enumerate(x_clip.split(sizes, dim=axis)):
+                here = slice(start, start + x_tile.shape[axis])
+                start = here.stop
+                row = max(0, number - (len(sizes) - images) + 1)
+                rows = slice(row, row + 1)
+                mod_tile = mod[own] if mod.shape[1] == 1 or axis == 2 else mod[own, here]
+                words = None if text is None else text[own, rows], None if bias is None else bias[own, rows]
+                yield x_tile.contiguous(), mod_tile, *words, turns
+
+        yield tiles()
+
+
+class _Selective:
+    """Which results of matrix products and attention a block keeps, beside its input: those that cost most to compute again for
+    the room that they take, up to a share of the room of all. Everything else is computed again.
+
+    As selective activation checkpointing in Korthikanti et al., arXiv 2205.05198, with the choice by operation.
+    """
+
+    def __init__(self, forward: Callable[..., Tensor], share: float):
+        self.forward, self.share = forward, share
+        self.chosen: dict[tuple, set[int]] = {}  # numbers of the kept products, by the shape of the input
+
+    def contexts(self, x: Tensor, *args: Tensor, **kwargs: Tensor) -> Callable:
+        key = (x.shape, x.dtype, torch.is_autocast_enabled(x.device.type))
+        if key not in self.chosen:
+            with torch.no_grad(), _Products() as found:
+                self.forward(x, *args, **kwargs)
+            self.chosen[key] = _dearest(found.costs, self.share)
+        kept = self.chosen[key]
+
+        def contexts():
+            seen = {False: 0, True: 0}
+
+            def policy(ctx, op, *_args, **_kwargs):
+                if not _is_product(op):
+                    return CheckpointPolicy.PREFER_RECOMPUTE
+                number = seen[ctx.is_recompute]
+                seen[ctx.is_recompute] += 1
+                return CheckpointPolicy.MUST_SAVE if number in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+            return create_selective_checkpoint_contexts(policy)
+
+        return contexts
+
+
+def _is_product(op) -> bool:
+    return op.overloadpacket in flop_registry or op is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+class _Products(TorchDispatchMode):
+    """Notes of each matrix product and attention its operations and the bytes of its result."""
+
+    def __init__(self):
+        super().__init__()
+        self.costs: list[tuple[int, int]] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        if _is_product(op):
+            size = sum(y.numel() * y.itemsize for y in tree_leaves(result) if isinstance(y, Tensor))
+            if "scaled_dot_product" in op.name():
+                q, k = args[:2]
+                cost = ATTENTION_COST * 4 * q.numel() * k.shape[-2]
+            else:
+                cost = flop_registry[op.overloadpacket](*args, **(kwargs or {}), out_val=result)
+            self.costs.append((cost, size))
+        return result
+
+
+def _dearest(costs: list[tuple[int, int]], share: float) -> set[int]:
+    """Of products with (operations, bytes), the numbers of those that together save most operations in a share of all the room."""
+    room = share * sum(size for _, size in costs)
+    sets = (set(chosen) for count in range(len(costs) + 1) for chosen in itertools.combinations(range(len(costs)), count))
+    fitting = (kept for kept in sets if sum(costs[i][1] for i in kept) <= room)
+    return max(fitting, key=lambda kept: sum(costs[i][0] for i in kept))
+
+
+class _HostStore:
+    """What blocks keep for the backward pass waits in host memory; copies run beside the computation, on a stream of their own.
+
+    On the way back, the tensor needed next is fetched while the one at hand is used (as in Rhu et al., arXiv 1602.08124).
+    """
+
+    def __init__(self):
+        self.stream: torch.cuda.Stream | None = None
+        self.kept: list[_Away] = []  # in the order of the forward pass
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def around(self, forward: Callable[..., Tensor], *args: Tensor, **kwargs: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        args, kwargs = tree_map_only(Tensor, Tensor.contiguous, (args, kwargs))  # as they will come back
+        with torch.autograd.graph.saved_tensors_hooks(self._send, self._fetch):
+            return forward(*args, **kwargs)
+
+    def _send(self, x: Tensor) -> "Tensor | _Away":
+        if x.nbytes < OFFLOADED_FROM or isinstance(x, torch.nn.Parameter):
+            return x
+        away = _Away(x, len(self.kept), self._side(x))
+        self.kept.append(away)
+        return away
+
+    def _fetch(self, away: "Tensor | _Away") -> Tensor:
+        if isinstance(away, Tensor):
+            return away
+        x = away.back()
+        del self.kept[away.number:]
+        if self.kept:
+            self.kept[-1].start()
+        return x
+
+    def _side(self, x: Tensor) -> "torch.cuda.Stream | None":
+        if x.is_cuda and self.stream is None:
+            self.stream = torch.cuda.Stream(x.device)
+        return self.stream
+
+
+class _Away:
+    """One tensor in host memory."""
+
+    def __init__(self, x: Tensor, number: int, stream: "torch.cuda.Stream | None"):
+        self.device, self.number, self.stream, self.x = x.device, number, stream, None
+        self.host = torch.empty(x.shape, dtype=x.dtype, pin_memory=stream is not None)
+        if stream is None:
+            self.host.copy_(x)
+            return
+        stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(stream):
+            self.host.copy_(x, non_blocking=True)
+        x.record_stream(stream)  # its memory is not reused before the copy is done
+
+    def start(self) -> None:
+        """Begins to bring it back."""
+        if self.x is None:
+            if self.stream is None:
+                self.x = self.host.to(self.device, copy=True)
+                return
+            with torch.cuda.stream(self.stream):
+                self.x = self.host.to(self.device, non_blocking=True)
+
+    def back(self) -> Tensor:
+        self.start()
+        if self.stream is not None:
+            now = torch.cuda.current_stream(self.device)
+            now.wait_stream(self.stream)
+            self.x.record_stream(now)
+        return self.x
