@@ -40,6 +40,59 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig, memory: MemoryConfig | No
     return AdamW([group for group in groups if group["params"]], cfg, memory.optimizer_states, seed)
 
 
+def rounded(x: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 to bf16, stochastically: a number between two neighbours becomes the upper one as often as it is near to it."""
+    noise = torch.empty_like(x, dtype=torch.int32).random_(0, 2**16, generator=generator)
+    noise += x.view(torch.int32)  # below bf16's last bit; carries into it with the right probability
+    noise &= -2**16
+    return noise.view(torch.float32).to(torch.bfloat16)
+
+
+class EightBits:
+    """Dynamic codes of 8 bits, blocks of which share a scale (Dettmers et al., arXiv 2110.02861, section 2).
+
+    From 1 downwards each power of ten has half as many codes as the one above, so that large numbers are precise and small ones
+    are there. Signed ones have 127 from 3e-6 to 1, as many negative ones, and 0. Unsigned ones have 255 from 3e-7 to 1, to which
+    smaller numbers are raised, for what is divided by. Different from the paper, -1 is there as well as 1, and rounding is
+    stochastic.
+    """
+
+    def __init__(self, signed: bool, device: torch.device):
+        self.signed, levels = signed, 6 if signed else 7
+        edges = [10.0**-level * torch.linspace(0.1, 1, 2 ** (levels - level) + 1, dtype=torch.float64) for level in range(levels)]
+        middles = torch.cat([(edge[1:] + edge[:-1]) / 2 for edge in edges])
+        self.table = torch.cat([middles, torch.tensor([0.0, 1.0] if signed else [1.0])]).float().sort().values.to(device)
+        self.values = torch.cat([-self.table.flip(0)[:-1], self.table]) if signed else self.table  # of all codes
+        self.gaps = self.table.diff()
+        # The code at or below each bf16 number from 0 to 1, by its bits: no two codes are nearer than two such numbers.
+        grid = torch.arange(2**7 * 127 + 1, dtype=torch.int16, device=device).view(torch.bfloat16).float()
+        self.places = torch.bucketize(grid, self.table, out_int32=True, right=True).sub_(1).clamp_(0, len(self.gaps) - 1)
+
+    def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """Codes, uint8 of any shape, and scales [blocks] to float32."""
+        values = _blocks(self.values.index_select(0, codes.flatten().int())).mul_(scales[:, None])
+        return values.flatten()[:codes.numel()].view_as(codes)
+
+    def encode(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """float32 of any shape, not below 0 if unsigned, to codes and scales."""
+        blocks = _blocks(x.abs().flatten())
+        scales = blocks.amax(1)
+        y = blocks.div_(scales.clamp(min=1e-30)[:, None]).flatten()[:x.numel()]
+        code = self.places.index_select(0, y.view(torch.int32) >> 16)
+        code += y >= self.table.index_select(0, code + 1)  # its bf16 number may lie below a code, and y above
+        code.clamp_(max=len(self.gaps) - 1)
+        y -= self.table.index_select(0, code)
+        code += y > self.gaps.index_select(0, code).mul_(torch.rand(y.shape, generator=generator, device=y.device))
+        if self.signed:
+            code = torch.where(x.flatten() < 0, -code, code).add_(len(self.gaps))
+        return code.to(torch.uint8).view_as(x), scales
+
+
+def _blocks(x: Tensor) -> Tensor:
+    """[n] -> [blocks BLOCK], the last one filled up with zeros."""
+    return (F.pad(x, (0, -len(x) % BLOCK)) if len(x) % BLOCK else x).view(-1, BLOCK)
+
+
 class AdamW(torch.optim.AdamW):
     """torch's fused AdamW, whose moments may be stored in bf16 or 8 bits and whose weights may be bf16; it computes in float32.
 
@@ -50,6 +103,7 @@ class AdamW(torch.optim.AdamW):
     def __init__(self, groups: list[dict], cfg: OptimConfig, states: str, seed: int):
         super().__init__(groups, lr=cfg.learning_rate, betas=tuple(cfg.betas), eps=cfg.eps, fused=True)
         self.states, self.seed = states, seed
+        self.eight_bits: dict[tuple[str, torch.device], EightBits] = {}
         self.number = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
         self.begin(0, cfg.learning_rate)
 
@@ -74,32 +128,58 @@ class AdamW(torch.optim.AdamW):
                 self.state[p].update(self._fresh(p))
         states = [self.state[p] for p in parameters]
         weights = [p.detach().float() for p in parameters]  # p itself where it is float32
-        moments = {slot: [unpacked(state, slot) for state in states] for slot in MOMENTS}
+        moments = {slot: [self._unpacked(state, slot) for state in states] for slot in MOMENTS}
         beta1, beta2 = group["betas"]
         adamw(weights, [p.grad.float() for p in parameters], *moments.values(), [], [state["step"] for state in states], fused=True,
               found_inf=found_inf, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
               eps=group["eps"], maximize=False)
         for i, (p, state) in enumerate(zip(parameters, states, strict=True)):
             for number, slot in enumerate(MOMENTS):
-                _pack(state, slot, moments[slot].pop(0), self._generator(p, number), found_inf)
+                self._pack(state, slot, moments[slot].pop(0), self._generator(p, number), found_inf)
             if p.dtype != torch.float32:
                 p.copy_(rounded(weights[i], self._generator(p, len(MOMENTS))))
             weights[i] = None
 
+    @torch.no_grad()
     def restore(self, p: Tensor, stored: dict[str, Tensor]) -> None:
-        """Takes the state of a parameter out of a checkpoint, converting what is stored in another number of bits."""
-        state = self._fresh(p)
+        """Takes the state of a parameter out of a checkpoint, converting moments that were stored in another number of bits."""
+        state, stored = self._fresh(p), {key: value.to(p.device) for key, value in stored.items()}
+        state["step"] = stored["step"]
         for number, slot in enumerate(MOMENTS):
             if stored[slot].dtype == state[slot].dtype:
-                state.update({key: value.to(p.device) for key, value in stored.items() if key in (slot, f"{slot}_scale")})
+                state.update({key: stored[key] for key in (slot, f"{slot}_scale") if key in stored})
+            elif state[slot].dtype == torch.float32:
+                state[slot] = self._unpacked(stored, slot)
             else:
-                value = unpacked(stored, slot).to(p.device)
-                if state[slot].dtype == torch.float32:
-                    state[slot] = value
-                else:
-                    _pack(state, slot, value, self._generator(p, number))
-        state["step"] = stored["step"].to(p.device)
+                self._pack(state, slot, self._unpacked(stored, slot), self._generator(p, number))
         self.state[p] = state
+
+    def _unpacked(self, state: dict[str, Tensor], slot: str) -> Tensor:
+        """A moment as float32; the tensor itself where it is stored so."""
+        if state[slot].dtype != torch.uint8:
+            return state[slot].float()
+        value = self._codes(slot, state[slot].device).decode(state[slot], state[f"{slot}_scale"])
+        return value if slot == "exp_avg" else value.square_()
+
+    def _pack(self, state: dict[str, Tensor], slot: str, value: Tensor, generator: torch.Generator, found_inf: Tensor | None = None
+              ) -> None:
+        """Stores a moment, or, where found_inf is not 0, leaves it to the bit.
+
+        Of the second moment 8 bits hold the root, whose range is half as wide and which the update divides by.
+        """
+        if value is state[slot]:
+            return
+        if state[slot].dtype == torch.bfloat16:
+            state[slot].copy_(rounded(value, generator))  # a bf16 number that did not change is not rounded
+            return
+        value = value if slot == "exp_avg" else value.sqrt_()
+        for key, new in zip((slot, f"{slot}_scale"), self._codes(slot, value.device).encode(value, generator), strict=True):
+            state[key].copy_(new if found_inf is None else torch.where(found_inf != 0, state[key], new))
+
+    def _codes(self, slot: str, device: torch.device) -> EightBits:
+        if (slot, device) not in self.eight_bits:
+            self.eight_bits[slot, device] = EightBits(slot == "exp_avg", device)
+        return self.eight_bits[slot, device]
 
     def _fresh(self, p: Tensor) -> dict[str, Tensor]:
         """The state of a parameter before its first update."""
@@ -151,86 +231,6 @@ class InBackward:
         p.grad = None
         if before is not None:
             self.moved[name] = torch.stack(torch._foreach_norm([p.detach() - before, p.detach()], dtype=torch.float32))
-
-
-def rounded(x: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 to bf16, stochastically: a number between two neighbours becomes the upper one as often as it is near to it."""
-    noise = torch.empty_like(x, dtype=torch.int32).random_(0, 2**16, generator=generator)
-    noise += x.view(torch.int32)  # below bf16's last bit; carries into it with the right probability
-    noise &= -2**16
-    return noise.view(torch.float32).to(torch.bfloat16)
-
-
-@functools.cache
-def codes(signed: bool, device: torch.device) -> Tensor:
-    """The numbers that 8 bits stand for, times a block's scale, float32 in rising order: [128] from 0 to 1, to which a sign is
-    added, or [255] from 3e-7 to 1, which are never 0.
-
-    Dynamic codes (Dettmers et al., arXiv 2110.02861, section 2.2): each power of ten has half as many as the one above, so that
-    large numbers are precise and small ones are there. Different from the paper, -1 is there as well as 1, and a root is never 0.
-    """
-    levels = 6 if signed else 7
-    edges = [10.0**-level * torch.linspace(0.1, 1, 2 ** (levels - level) + 1, dtype=torch.float64) for level in range(levels)]
-    middles = torch.cat([(edge[1:] + edge[:-1]) / 2 for edge in edges])
-    return torch.cat([middles, torch.tensor([0.0, 1.0] if signed else [1.0])]).float().sort().values.to(device)
-
-
-@functools.cache
-def _places(signed: bool, device: torch.device) -> Tensor:
-    """The code at or below each bf16 number from 0 to 1, by its bits, int32. No two codes are nearer than two such numbers."""
-    grid = torch.arange(2**7 * 127 + 1, dtype=torch.int16).view(torch.bfloat16).float()
-    table = codes(signed, torch.device("cpu"))
-    return torch.bucketize(grid, table, out_int32=True, right=True).sub_(1).clamp_(0, len(table) - 2).to(device)
-
-
-def unpacked(state: dict[str, Tensor], slot: str) -> Tensor:
-    """A moment as float32, in the parameter's shape; the tensor itself where it is stored so."""
-    stored = state[slot]
-    if stored.dtype != torch.uint8:
-        return stored.float()
-    signed = slot == "exp_avg"
-    table = codes(signed, stored.device)
-    if signed:
-        table = torch.cat([-table.flip(0)[:-1], table])
-    values = _blocks(table.index_select(0, stored.flatten().int())).mul_(state[f"{slot}_scale"][:, None])
-    values = values.flatten()[:stored.numel()].view_as(stored)
-    return values if signed else values.square_()
-
-
-def _pack(state: dict[str, Tensor], slot: str, value: Tensor, generator: torch.Generator, found_inf: Tensor | None = None) -> None:
-    """Stores a moment, or, where found_inf is not 0, leaves it to the bit. `value` is used up.
-
-    Of the second moment 8 bits hold the root, whose range is half as wide and which the update divides by.
-    """
-    if value is state[slot]:
-        return
-    if state[slot].dtype == torch.bfloat16:
-        state[slot].copy_(rounded(value, generator))  # a bf16 number that did not change is not rounded
-        return
-    signed = slot == "exp_avg"
-    table = codes(signed, value.device)
-    negative = value < 0
-    x = _blocks(value.abs_().flatten() if signed else value.sqrt_().flatten())
-    scale = x.amax(1)
-    x = x.div_(scale.clamp(min=1e-30)[:, None]).flatten()[:value.numel()]
-    code = _places(signed, x.device).index_select(0, x.view(torch.int32) >> 16)
-    code += x >= table.index_select(0, code + 1)  # its bf16 number may lie below the next code, and x above
-    code.clamp_(max=len(table) - 2)
-    x -= table.index_select(0, code)
-    gap = table.diff().index_select(0, code)
-    code += x > gap.mul_(torch.rand(x.shape, generator=generator, device=x.device))
-    if signed:
-        code = torch.where(negative.flatten(), -code, code).add_(len(table) - 1)
-    code = code.to(torch.uint8).view_as(state[slot])
-    if found_inf is not None:
-        code, scale = (torch.where(found_inf != 0, state[key], new) for key, new in ((slot, code), (f"{slot}_scale", scale)))
-    state[slot].copy_(code)
-    state[f"{slot}_scale"].copy_(scale)
-
-
-def _blocks(x: Tensor) -> Tensor:
-    """[n] -> [blocks BLOCK], the last one filled up with zeros."""
-    return (F.pad(x, (0, -len(x) % BLOCK)) if len(x) % BLOCK else x).view(-1, BLOCK)
 
 
 def _stored(p: Tensor, states: str) -> torch.dtype:
