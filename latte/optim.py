@@ -22,7 +22,7 @@ SMALL = 4096  # elements; the moments of a smaller tensor stay float32, as they 
 BLOCK = 256  # elements that share a scale
 PART = 2**22  # elements that are updated together, which bounds the float32 copies of what is stored in fewer bits
 MOMENTS = ("exp_avg", "exp_avg_sq")
-ROUNDING = {"fp32": 0, "bf16": 6, "int8": 20}  # bytes an element that rounding a tensor takes at most
+ROUNDING = {"fp32": 0, "bf16": 6, "int8": 18}  # bytes an element that rounding a tensor takes at most
 
 
 def make_optimizer(model: nn.Module, cfg: OptimConfig, memory: MemoryConfig | None = None, seed: int = 0) -> "AdamW":
@@ -267,11 +267,11 @@ def state_bytes(parameters: Iterable[Tensor], cfg: MemoryConfig) -> dict[str, in
         moments += 2 * (p.numel() * stored.itemsize + (4 * -(-p.numel() // BLOCK) if stored == torch.uint8 else 0))
 
     def copies(part: list[Tensor]) -> int:
-        """float32 weights, gradients and moments beside what is stored in fewer bits, and what rounds one tensor."""
-        lossy = [p.numel() for p in part if _stored(p, cfg.optimizer_states) != torch.float32]
-        small = [p.numel() for p in part if p.dtype != torch.float32]
-        rounding = max(max(lossy, default=0) * ROUNDING[cfg.optimizer_states], max(small, default=0) * ROUNDING["bf16"])
-        return 8 * sum(lossy) + 8 * sum(small) + rounding
+        """float32 moments, weights and gradients of what is stored in fewer bits; the gradients go before a tensor is rounded."""
+        moments = [p.numel() for p in part if _stored(p, cfg.optimizer_states) != torch.float32]
+        weights = [p.numel() for p in part if p.dtype != torch.float32]
+        rounding = max(ROUNDING[cfg.optimizer_states] * max(moments, default=0), ROUNDING[cfg.weights] * max(weights, default=0))
+        return 8 * sum(moments) + 4 * sum(weights) + max(4 * sum(weights), rounding)
 
     parts = [[p] for p in shapes] if cfg.optimizer_in_backward else _parts(shapes, cfg.optimizer_states)
     return {"weights": sum(sizes), "gradients": max(sizes, default=0) if cfg.optimizer_in_backward else sum(sizes),
