@@ -4,9 +4,11 @@ The reference is LatteTransformer3DModel of diffusers. Where diffusers is not in
 say so. It is called without a mask: its own only takes an undocumented bias for each frame.
 """
 
+import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -76,9 +78,30 @@ def gradients(model: nn.Module, cfg: ModelConfig) -> dict[str, Tensor]:
     return {name: value.flatten(1) if name == "patch.weight" else value for name, value in found.items()}
 
 
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of either model."""
+    if isinstance(model, Latte):
+        return [*model.spatial, *model.temporal]
+    return [*model.transformer_blocks, *model.temporal_transformer_blocks]
+
+
 def memory(levers: str) -> MemoryConfig:
-    """The section `memory` that comma-separated overrides memory.key=value describe. Raises ValueError like config.load."""
-    return config.from_dict({"model": {"out_channels": 4}}, [part for part in levers.split(",") if part]).memory
+    """The section `memory` that comma-separated overrides memory.key=value describe. Raises ValueError like config.load, and for
+    any other section."""
+    parts = [part for part in levers.split(",") if part]
+    for part in parts:
+        if not part.startswith("memory."):
+            raise ValueError(f"{part}: a lever looks like memory.key=value")
+    return config.from_dict({"model": {"out_channels": 4}, "optim": {"grad_clip": 0}}, parts).memory
+
+
+def allocated_peak(run: Callable[[], object]) -> int:
+    """Most bytes that torch has allocated on the CPU at once during run(), beyond what was there, by its profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events), default=0)
 
 
 def facts() -> dict:
