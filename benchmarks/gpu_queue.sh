@@ -36,7 +36,7 @@ job() {
   3) train world_gpu ;;  # the whole embedded world, 128 frames
   4) step train_step_small_256_128f --preset small --frames 128 --size 256 --compile ;;
   5) # the loader, deterministic mode and checkpoints beside a training step
-     CUBLAS_WORKSPACE_CONFIG=:4096:8 "$PYTHON" benchmarks/train_loop.py "${TEXT_ARG[@]}" --out "$OUT/train_loop_gpu.json" \
+     CUBLAS_WORKSPACE_CONFIG=:4096:8 "$PYTHON" benchmarks/loader.py "${TEXT_ARG[@]}" --out "$OUT/loader_gpu.json" \
        ${TINY:+--rounds 1 --updates 1 --clips 8} ;;
   esac
 }

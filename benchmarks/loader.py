@@ -1,6 +1,6 @@
 """What the training loop costs beside its arithmetic: the loader on cached latents, deterministic mode, checkpoints.
 
-    python benchmarks/train_loop.py [--rounds 5] [--updates 2] [--out FILE.json] [section.key=value ...]
+    python benchmarks/loader.py [--rounds 5] [--updates 2] [--out FILE.json] [section.key=value ...]
 
 The model of configs/shapes_cpu.yaml on cached latents of clips of 16 and of 128 frames, made here by a small random VAE, with the
 text states of MiniLM. All ways of doing an update take turns in one process and are compared as ratios, the median of the rounds:
@@ -97,7 +97,7 @@ def main() -> int:
     parser.add_argument("--updates", type=int, default=2)
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "train_loop.json"))
+    parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "loader.json"))
     args = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     result: dict = {"loader": {}, "deterministic": {}}
@@ -139,7 +139,7 @@ def main() -> int:
         [
             round(row["checkpoint_wait"], 5) for row in rows[2:]]}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    result = {"command": " ".join(["python", "benchmarks/train_loop.py", *sys.argv[1:]]), "commit": commit,
+    result = {"command": " ".join(["python", "benchmarks/loader.py", *sys.argv[1:]]), "commit": commit,
               "versions": checkpoint.versions(), **result}
     Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
