@@ -85,6 +85,10 @@ def _train(cfg: config.Config, accelerator: Accelerator) -> int:
             log.say(note)
         if changed:
             log.say(f"warning: not the settings that this run began with: {', '.join(changed)}")
+        for key in ("optimizer_states", "weights") if found else ():
+            before, now = getattr(found.config.memory, key), getattr(cfg.memory, key)
+            if before != now:
+                log.say(f"memory.{key}: the checkpoint's {before} were converted to {now}")
         log.say(buckets)
         for name, why in clips.dropped.items():
             log.say(f"left out {name}: {why}")

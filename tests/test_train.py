@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,7 +51,8 @@ def weights(folder: Path, name: str = "model") -> dict[str, torch.Tensor]:
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
-    return [(row["step"], row["loss"]) for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
 
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -99,6 +101,82 @@ def test_resume_is_bit_equal_after_dying_anywhere(plain, tmp_path, monkeypatch, 
     assert losses(plain) == losses(tmp_path)
     assert run(tmp_path) == 0  # a finished run has nothing to do
     assert distance(weights(plain), weights(tmp_path)) == 0
+
+
+AT_ONCE = ["memory.optimizer_in_backward=true", "optim.grad_clip=0"]
+LEAN = ["memory.weights=bf16", "train.mixed_precision=bf16", "memory.optimizer_states=int8", "memory.ema=host"]
+
+
+@pytest.mark.parametrize("levers", [["memory.optimizer_states=bf16"], ["memory.optimizer_states=int8"], LEAN[:2],
+                                    ["memory.ema=host"], AT_ONCE, [*LEAN, *AT_ONCE], [*LEAN, "train.micro_batches=2"]],
+                         ids=["bf16-states", "int8-states", "bf16-weights", "host", "at-once", "all", "all-but-at-once"])
+def test_resume_is_bit_equal_with_what_saves_memory_in_the_optimizer(plain, tmp_path, monkeypatch, levers):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run(whole, *levers) == 0
+    steps = []
+
+    def die(self, stage):
+        steps.append(stage)
+        if len(steps) == 5:
+            raise RuntimeError("the machine went away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train.RunLog, "step", die)
+        with pytest.raises(RuntimeError):
+            run(broken, *levers)
+    torch.manual_seed(123)
+    assert checkpoint.read(broken).step == 3 and run(broken, *levers) == 0
+    for name in ("model", "ema", "optimizer"):
+        a, b = weights(whole, name), weights(broken, name)
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
+    assert losses(whole) == losses(broken)
+    assert [l for _, l in losses(whole)] == pytest.approx([l for _, l in losses(plain)], rel=0.1)  # clipped or not
+    assert {value.dtype for value in weights(whole, "ema").values()} == {torch.float32}
+    assert {value.dtype for value in weights(whole).values()} == {torch.bfloat16 if "memory.weights=bf16" in levers else (
+        torch.float32)}
+
+
+def test_an_average_on_the_host_and_updates_in_the_backward_pass_change_no_bit(plain, tmp_path):
+    assert run(tmp_path / "host", "memory.ema=host") == 0
+    for name in ("model", "ema", "optimizer"):
+        assert distance(weights(plain, name), weights(tmp_path / "host", name)) == 0, name
+    assert run(tmp_path / "late", "optim.grad_clip=0") == run(tmp_path / "early", *AT_ONCE) == 0
+    for name in ("model", "ema", "optimizer"):
+        assert distance(weights(tmp_path / "late", name), weights(tmp_path / "early", name)) == 0, name
+    late, early = ([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+                   for name in ("late", "early"))
+    for a, b in zip(late, early, strict=True):
+        told = [key for key in a if key.startswith(("grad_norm", "update_ratio", "loss"))]
+        assert len(told) > 15 and [b[key] for key in told] == pytest.approx([a[key] for key in told], rel=1e-5)
+
+
+def test_a_run_goes_on_with_other_moments_and_weights_and_says_so(plain, tmp_path, capsys):
+    shutil.copytree(plain, tmp_path / "run")
+    shutil.rmtree(checkpoint.latest(tmp_path / "run"))
+    assert run(tmp_path / "run", *LEAN) == 0
+    said = capsys.readouterr().out
+    assert "memory.optimizer_states: the checkpoint's fp32 were converted to int8" in said
+    assert "memory.weights: the checkpoint's fp32 were converted to bf16" in said
+    assert losses(tmp_path / "run")[:3] == losses(plain)[:3]
+    assert [l for _, l in losses(tmp_path / "run")] == pytest.approx([l for _, l in losses(plain)], rel=0.02)
+    shutil.rmtree(checkpoint.latest(tmp_path / "run"))
+    assert run(tmp_path / "run") == 0
+
+
+def test_adapters_train_with_what_saves_memory_in_the_optimizer(plain, tmp_path):
+    adapters = [f"init.weights={plain}", "init.lora_rank=64", "preview.count=1", "preview.frames=4"]
+    for name, levers in (("plain", []), ("lean", [*LEAN, *AT_ONCE])):
+        assert run(tmp_path / name, *adapters, *levers) == 0
+    assert torch.uint8 in {value.dtype for value in weights(tmp_path / "lean", "optimizer").values()}
+    assert [l for _, l in losses(tmp_path / "lean")] == pytest.approx([l for _, l in losses(tmp_path / "plain")], rel=0.1)
+
+
+def test_updates_in_the_backward_pass_need_one_process(tmp_path):
+    cfg = config.load(TINY, AT_ONCE)
+    shapes, states = SimpleNamespace(channels=3, time_factor=1), SimpleNamespace(width=384)
+    train._check_fit(cfg, None, states, shapes, 1)
+    with pytest.raises(ValueError, match=r"memory\.optimizer_in_backward: needs one process, .* got 2"):
+        train._check_fit(cfg, None, states, shapes, 2)
 
 
 def test_loader_workers_change_nothing(plain, tmp_path):
@@ -402,6 +480,17 @@ def test_an_update_that_is_not_finite_is_skipped_and_explained(tmp_path, monkeyp
     assert [row["skipped"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())] == [0, 0, 1, 0, 0, 0]
 
 
+@pytest.mark.parametrize("levers", [[*LEAN, "guard.spike=skip"], [*LEAN, *AT_ONCE]], ids=["late", "at-once"])
+def test_an_update_that_is_not_finite_is_skipped_with_all_that_saves_memory(tmp_path, monkeypatch, levers):
+    poisoned(monkeypatch, {2: float("nan")})
+    assert run(tmp_path, *levers) == 0
+    assert all(torch.isfinite(value.float()).all() for value in weights(tmp_path).values())
+    assert {v.item() for k, v in weights(tmp_path, "optimizer").items() if k.endswith("/step")} == {5}
+    [event] = events(tmp_path, "non-finite")
+    assert event["step"] == 3
+    assert [row["skipped"] for row in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())] == [0, 0, 1, 0, 0, 0]
+
+
 def test_too_many_skipped_updates_in_a_row_stop_the_run_and_keep_the_checkpoint(tmp_path, monkeypatch):
     poisoned(monkeypatch, {3: float("nan"), 4: float("nan"), 5: float("nan")})
     with pytest.raises(ValueError, match="guard.max_skipped: 2 updates in a row were skipped"):
@@ -445,6 +534,18 @@ def test_a_spike_takes_the_run_back_and_its_batch_is_left_out(tmp_path, monkeypa
 
 
 train_guard = train.Guard
+
+
+def test_a_rollback_with_all_that_saves_memory_is_a_run_without_the_batch(tmp_path, monkeypatch):
+    poisoned(monkeypatch, {13: 1e4})
+    spiked, without = tmp_path / "spiked", tmp_path / "without"
+    assert run(spiked, *LONG, *LEAN, "guard.spike=rollback") == 0
+    assert [event["step"] for event in events(spiked, "rollback")] == [14]
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "Guard", lambda cfg, state=None: train_guard(cfg, {**(state or {}), "left_out": [13]}))
+        assert run(without, *LONG, *LEAN) == 0
+    for name in ("model", "ema", "optimizer"):
+        assert distance(weights(spiked, name), weights(without, name)) == 0, name
 
 
 def test_a_run_that_spikes_again_and_again_stops_with_its_reports(tmp_path, monkeypatch):
