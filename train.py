@@ -51,6 +51,7 @@ def _train(cfg: config.Config, accelerator: Accelerator) -> int:
     buckets = table(clips, cfg.stages)
     text, codec = _components(cfg, clips, device)
     _check_fit(cfg, clips, text, codec, ranks)
+    cfg.memory, levers = plan.resolve(cfg, codec, device, rank, ranks)
     needs = plan.check_room(cfg, codec, device, ranks)
     torch.manual_seed(cfg.seed)  # initial weights only; training draws keyed numbers
     raw, notes = pipeline.build(cfg)
@@ -93,6 +94,8 @@ def _train(cfg: config.Config, accelerator: Accelerator) -> int:
         for name, why in clips.dropped.items():
             log.say(f"left out {name}: {why}")
         log.say(needs)
+        if levers:
+            log.say(levers)
         stop = _Stop()
         window = Window(device, hardware.peak_flops(device, run.dtype))
         saved_at = time.monotonic()
@@ -459,11 +462,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("config", help="a YAML file of configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the plan, then exit")
+    parser.add_argument("--card", default="", help="with --dry-run: plan for this card, such as H200, instead of this machine")
     args = parser.parse_intermixed_args(argv)
     try:
         cfg = config.load(args.config, args.overrides)
         if args.dry_run:
-            print(plan.describe(cfg))
+            print(plan.describe(cfg, args.card))
             return 0
         return train(cfg)
     except (ValueError, OSError) as error:

@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,9 +11,34 @@ import torch
 from latte.config import ModelConfig
 from latte.model import Latte
 
-# dense bfloat16 operations a second, of the vendor's data sheets; longer names first
-DENSE_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
-               "RTX 4090": 165e12, "RTX 3090": 71e12, "A10": 125e12}
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU by its data sheet."""
+
+    gib: float  # of memory
+    flops: float  # dense bfloat16 operations a second
+    memory: float  # bytes a second
+    link: float  # bytes a second to or from the host
+
+
+CARDS = {  # longer names first: a device's name tells its card
+    "H200": Card(140, 989e12, 4.8e12, 50e9), "H100 PCIe": Card(79, 756e12, 2.0e12, 50e9), "H100": Card(79, 989e12, 3.35e12, 50e9),
+    "B200": Card(179, 2250e12, 8.0e12, 50e9), "A100": Card(79, 312e12, 2.0e12, 25e9), "L40S": Card(45, 362e12, 0.86e12, 25e9),
+    "L4": Card(22, 121e12, 0.3e12, 25e9), "RTX 4090": Card(24, 165e12, 1.0e12, 25e9), "RTX 4080": Card(16, 97e12, 0.72e12, 25e9),
+    "RTX 3090": Card(24, 71e12, 0.94e12, 25e9), "A10": Card(22, 125e12, 0.6e12, 25e9)}
+REACHED = 0.55  # share of a data sheet's operations that large products reach: an assumption, like the next
+MOVED = 0.7  # and of its memory's speed
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a device does in a second."""
+
+    flops: float  # operations of matrix products
+    memory: float  # bytes read and written
+    link: float  # bytes to or from the host
+    told_by: str  # where the numbers come from
 
 
 def pair_seconds(cfg: ModelConfig, frames: int, height: int, width: int, clips: list[int], text_tokens: int, device: torch.device,
@@ -57,13 +82,39 @@ def available(device: torch.device) -> int:
     return min(limits)
 
 
+def card(name: str) -> Card:
+    """The card of a name, such as H200. Raises ValueError with those that are known."""
+    found = [card for part, card in CARDS.items() if part.lower() in name.lower()]
+    if not found:
+        raise ValueError(f"--card: knows {', '.join(CARDS)}, got {name!r}; for any other, memory.limit_gib tells its memory")
+    return found[0]
+
+
+def speed(device: torch.device, dtype: torch.dtype, name: str = "") -> Speed:
+    """Of the card `name`, or else of this device: assumed shares of the data sheet for a known card, measured for any other."""
+    name = name or (torch.cuda.get_device_name(device) if device.type == "cuda" else "")
+    if any(part.lower() in name.lower() for part in CARDS):
+        known = card(name)
+        flops = known.flops if dtype != torch.float32 else known.flops / 2  # TF32
+        return Speed(REACHED * flops, MOVED * known.memory, known.link,
+                     f"assumed: {REACHED:.0%} of the data sheet's operations, {MOVED:.0%} of its memory's speed")
+    here, there = (torch.ones(2**24, device=device) for _ in range(2))
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        there.copy_(here)
+        there[-1].item()
+        seconds.append(time.perf_counter() - started)
+    return Speed(peak_flops(device, dtype), 2 * here.nbytes / min(seconds), 25e9, "measured here")
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a large matrix product on this device: what model FLOPs utilisation is a share of.
 
     The vendor's dense figure where the device's name tells it, else the best of a few products of 1024 x 1024 matrices.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    known = [rates for part, rates in DENSE_FLOPS.items() if part in name]
+    known = [card.flops for part, card in CARDS.items() if part in name]
     if known:
         return known[0] if dtype != torch.float32 else known[0] / 2  # TF32
     a = torch.ones(1024, 1024, dtype=dtype, device=device)

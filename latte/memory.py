@@ -24,11 +24,11 @@ OFFLOADED_FROM = 2**20  # bytes; smaller tensors stay on the device
 ATTENTION_COST = 3  # an operation of attention takes about as long as so many of a matrix product
 
 
-def apply(model: Latte, cfg: MemoryConfig) -> None:
+def apply(model: Latte, cfg: MemoryConfig) -> "_HostStore | None":
     """Makes a model's blocks work as cfg.activations, offload, tile_tokens and mlp_chunks say. Compile the blocks before this.
 
     Of the some 43 * width values a token that a layer pair keeps for the backward pass, activations = 0 leaves 2 * width, for a
-    third more arithmetic (Chen et al., arXiv 1604.06174).
+    third more arithmetic (Chen et al., arXiv 1604.06174). Returns where offloaded tensors wait.
     """
     store = _HostStore() if cfg.offload else None
     for blocks, axis in ((model.spatial, 1), (model.temporal, 2)):
@@ -41,6 +41,7 @@ def apply(model: Latte, cfg: MemoryConfig) -> None:
                 block.forward = partial(_recomputed, block.forward, _Selective(block.forward, cfg.activations))
             if store:
                 block.forward = partial(store.around, block.forward)
+    return store
 
 
 def _recomputed(forward: Callable[..., Tensor], keep: "_Selective | None", *args: Tensor, **kwargs: Tensor) -> Tensor:

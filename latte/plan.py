@@ -1,98 +1,393 @@
-"""What a run would take, before it takes it: buckets, work, memory, disk and time, and whether it fits."""
+"""What a run would take, before it takes it: buckets, work, memory, disk and time, and whether it fits; and which levers of memory
+make it fit."""
 
+import itertools
 import math
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 
-from latte import checkpoint, config, hardware, lora, trace
+from latte import checkpoint, config, hardware, lora, parallel, trace
 from latte.codec import VideoCodec
+from latte.config import MemoryConfig
 from latte.data import open_clips, table
 from latte.model import Latte, flops
+from latte.text import weight_bytes
+
+SURE = 0.95  # share of the memory that the planner fills by its own choice: allocators lose some to fragments
+RUNGS = [{"activations": 0.75}, {"activations": 0.5}, {"activations": 0.25}, {"activations": 0.0},  # each takes less memory
+         {"activations": 0.0, "mlp_chunks": 4}, {"tile_tokens": 16384}, {"tile_tokens": 4096}]      # and more time
+LOSSY = [{"optimizer_states": "bf16"}, {"optimizer_states": "int8"}, {"optimizer_states": "int8", "weights": "bf16"}]
 
 
-def describe(cfg: config.Config) -> str:
-    """What a run would do, as text: resolved config, model size, buckets, and work, memory and time of each bucket on this
-    machine."""
-    device = Accelerator().device
-    clips = open_clips(cfg.data, cfg.seed, cfg.stages)
+@dataclass(frozen=True)
+class Row:
+    """One clip shape of a run under some levers."""
+
+    key: str
+    latents: tuple[int, int, int, int]  # f c h w of a clip, its images among the frames
+    tokens: int  # of a clip
+    clips: int  # in one pass of one process
+    peak: int  # bytes
+    seconds: float  # of an update
+    work: int  # operations of an update of all processes, as model FLOPs utilisation counts them
+
+
+@dataclass
+class Plan:
+    """The levers chosen, and what the run then takes."""
+
+    memory: MemoryConfig
+    limit: int  # bytes that there are
+    rows: list[Row]
+    why: str
+    tried: list[tuple[MemoryConfig, int, float]] = field(default_factory=list)  # with peak and mean seconds of an update
+
+    @property
+    def worst(self) -> Row:
+        return max(self.rows, key=lambda row: row.peak)
+
+
+class _Planner:
+    """Predicts what a run takes on `device`, or on the card of that name, under any levers. Each trace is made once."""
+
+    def __init__(self, cfg: config.Config, codec: VideoCodec, device: torch.device, ranks: int, card: str):
+        self.cfg, self.codec, self.device, self.ranks = cfg, codec, device, ranks
+        self.gpu = bool(card) or device.type == "cuda"
+        self.limit = available(cfg, device, ranks, card)
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.train.mixed_precision, torch.float32)
+        self.card = card
+        self.trained = checkpoint.trained(model_of(cfg)).values()
+        self.resident = resident(cfg, codec)
+        self.passes = passes(cfg, codec, ranks)
+        self.costs: dict[tuple, trace.Cost] = {}
+        self.factors: dict[str, float] = {}
+
+    @cached_property
+    def speed(self) -> hardware.Speed:
+        return hardware.speed(self.device, self.dtype, self.card)
+
+    def cost(self, number: int, levers: MemoryConfig) -> trace.Cost:
+        _, _, clips, latents, count = self.passes[number]
+        images = self.cfg.shapes()[number][1].image_frames
+        case = (latents, images, clips, count, told(levers))
+        if case not in self.costs:
+            self.costs[case] = trace.update(replace(self.cfg, memory=levers), latents, images, clips, count, self.gpu)
+        return self.costs[case]
+
+    def peak(self, number: int, levers: MemoryConfig) -> int:
+        """Bytes on one device at most, with what is there beside the update."""
+        cost, size = self.cost(number, levers), sum(p.numel() for p in self.trained)
+        more, whole = self.resident, size * (2 if levers.weights == "bf16" else 4)
+        if self.cfg.train.deterministic:  # sums of gradients on the way up the tree; a trace of two units holds the first
+            more += whole * max(0, math.ceil(math.log2(self.passes[number][-1])) - 1)
+            exchange = cost.held + whole + 8 * size  # a sum, sent and received in float32
+        else:
+            exchange = 0
+            more += whole if self.ranks > 1 else 0  # DDP's buckets
+        if not self.gpu:  # the copy that a checkpoint is written from
+            more += cost.held
+        return max(cost.peak, exchange if self.ranks > 1 else 0) + more
+
+    def seconds(self, number: int, levers: MemoryConfig) -> float:
+        """Of an update: its work at the device's speed, which one timed layer pair corrects where the device is at hand. What goes
+        to the host and back does so meanwhile."""
+        cost, size = self.cost(number, levers), sum(p.numel() for p in self.trained)
+        work = self._work(cost) * self._factor(number)
+        optimizer = 52 * size / self.speed.memory  # AdamW reads and writes 28 bytes a weight, the average 12, norm and clipping 12
+        sent = (cost.sent + (8 * size if levers.ema == "host" and self.gpu else 0)) / self.speed.link
+        return max(work + optimizer, sent)
+
+    def _work(self, cost: trace.Cost) -> float:
+        return cost.flops / self.speed.flops + cost.moved / self.speed.memory
+
+    def _factor(self, number: int) -> float:
+        """Measured over computed seconds of a plain layer pair."""
+        if self.card:
+            return 1.0
+        key, _, clips, latents, _ = self.passes[number]
+        if key not in self.factors:
+            f, _, h, w = latents
+            measured, = hardware.pair_seconds(self.cfg.model, f, h, w, [clips], self.cfg.text.max_tokens, self.device, self.dtype)
+            plain = replace(self.cfg, model=replace(self.cfg.model, layers=1), memory=MemoryConfig(),
+                            train=replace(self.cfg.train, deterministic=False))
+            self.factors[key] = measured / self._work(trace.update(plain, latents, 0, clips, 1, self.gpu))
+        return self.factors[key]
+
+    def rows(self, levers: MemoryConfig) -> list[Row]:
+        shapes = self.cfg.shapes()
+        return [Row(key, latents, tokens, clips, self.peak(i, levers), self.seconds(i, levers), 3 * shapes[i][1].batch_size * flops(
+            self.cfg.model, latents[0], *latents[2:], self.cfg.text.max_tokens))
+            for i, (key, tokens, clips, latents, _) in enumerate(self.passes)]
+
+    def fits(self, levers: MemoryConfig) -> bool:
+        largest_first = sorted(range(len(self.passes)), key=lambda i: -self.passes[i][1] * self.passes[i][2])
+        return all(self.peak(i, levers) <= SURE * self.limit for i in largest_first)
+
+    def mean_seconds(self, levers: MemoryConfig) -> float:
+        shares = [stage.steps * share / self.cfg.total_steps for stage in self.cfg.stages for share in stage.shares]
+        return sum(share * self.seconds(i, levers) for i, share in enumerate(shares))
+
+    def most(self, levers: MemoryConfig) -> int:
+        return max(self.peak(i, levers) for i in range(len(self.passes)))
+
+    def combinations(self) -> Iterator[MemoryConfig]:
+        """Levers beside the ladder, that round nothing and are allowed: on the host, and updates in the backward pass."""
+        base = self.cfg.memory
+        for early, offload, host in itertools.product((False, True), (False, True), (False, True)):
+            if (offload or host) and not self.gpu:
+                continue
+            levers = replace(base, ema="host" if host else base.ema, offload=offload or base.offload,
+                             optimizer_in_backward=early or base.optimizer_in_backward)
+            try:
+                replace(self.cfg, memory=levers)
+            except ValueError:
+                continue
+            if not (levers.optimizer_in_backward and self.ranks > 1):
+                yield levers
+
+    def ladder(self, levers: MemoryConfig) -> list[MemoryConfig]:
+        """From the given levers on down to the least memory."""
+        rungs = [levers]
+        for rung in RUNGS:
+            more = replace(levers, **{"mlp_chunks": levers.mlp_chunks, **rung})
+            tiles = (levers.tile_tokens or math.inf) > more.tile_tokens if "tile_tokens" in rung else not levers.tile_tokens
+            if tiles and more != levers and more.activations <= levers.activations and more.mlp_chunks >= levers.mlp_chunks:
+                rungs.append(more)
+        return rungs
+
+
+def plan(cfg: config.Config, device: torch.device, codec: VideoCodec | None = None, ranks: int = 1, card: str = "") -> Plan:
+    """Peak memory and time of an update for each clip shape of a run; with memory.auto, under the fastest levers with which it
+    fits.
+
+    The levers chosen among are those that round nothing: the share of activations kept, tiles, chunks of the MLP, on a GPU the
+    host's memory, and the update in the backward pass where the config allows it. It has to fit into 95 % of memory.limit_gib, or
+    of what is free on the device. card: the name of a card that is not at hand (latte.hardware.CARDS), whose memory and speed then
+    count. Nothing is computed but one timed layer pair a shape, where the device is at hand. When nothing fits, the plan is that of
+    the least memory, and `why` tells which levers that round would fit.
+    """
+    return _plan(_Planner(cfg, codec or VideoCodec(cfg.codec, weights=False), device, ranks, card))
+
+
+def _plan(planner: _Planner) -> Plan:
+    base = planner.cfg.memory
+    if not base.auto:
+        return Plan(base, planner.limit, planner.rows(base), "the levers of the config")
+    chosen, why = replace(base, auto=False), "fits as it is"
+    tried: dict[str, tuple[MemoryConfig, int, float]] = {}
+
+    def fits(levers: MemoryConfig) -> bool:
+        fitting = planner.fits(levers)
+        tried[told(levers)] = (levers, planner.most(levers) if fitting else planner.peak(_largest(planner), levers),
+                               planner.mean_seconds(levers))
+        return fitting
+
+    if not fits(base):
+        found = []
+        for levers in planner.combinations():
+            ladder = planner.ladder(levers)
+            low, high = 0, len(ladder)  # the first rung that fits is at `low` or above, below `high` one fits
+            while low < high:
+                middle = (low + high) // 2
+                low, high = (low, middle) if fits(ladder[middle]) else (middle + 1, high)
+            if low < len(ladder):
+                found.append((planner.mean_seconds(ladder[low]), low, told(ladder[low]), ladder[low]))
+        if found:
+            seconds, _, _, chosen = min(found, key=lambda case: case[:3])
+            more = seconds / planner.mean_seconds(base) - 1
+            why = f"the fastest of the {len(tried)} sets of levers tried that fits, {more:+.0%} time by the plan"
+        else:
+            chosen = min((levers for levers, _, _ in tried.values()), key=planner.most)
+            why = "nothing that rounds nothing fits; " + "; ".join(_lossy(planner, chosen))
+    chosen = replace(chosen, auto=False)
+    return Plan(chosen, planner.limit, planner.rows(chosen), why, list(tried.values()))
+
+
+def _largest(planner: _Planner) -> int:
+    return max(range(len(planner.passes)), key=lambda i: planner.passes[i][1] * planner.passes[i][2])
+
+
+def _lossy(planner: _Planner, levers: MemoryConfig) -> Iterator[str]:
+    """What levers that round would bring."""
+    for rounding in LOSSY:
+        try:
+            more = replace(levers, **rounding)
+            replace(planner.cfg, memory=more)
+        except ValueError:
+            continue
+        peak, need = planner.most(more), SURE * planner.limit
+        verdict = "fits" if peak <= need else f"{gib(peak - need)} too much"
+        yield f"{', '.join(f'memory.{key}={value}' for key, value in rounding.items())}, which round, {gib(peak)}: {verdict}"
+
+
+def resolve(cfg: config.Config, codec: VideoCodec, device: torch.device, rank: int, ranks: int) -> tuple[MemoryConfig, str]:
+    """The levers that a launch works with, explicit, and what there is to say of them.
+
+    With memory.auto the first launch of a run chooses them and later ones keep its choice, as another could round differently;
+    another memory.limit_gib makes a new choice. The main process decides for all. Raises ValueError where nothing fits.
+    """
+    if not cfg.memory.auto:
+        return cfg.memory, ""
+    decided: tuple[MemoryConfig | None, str] = (None, "")
+    if rank == 0:
+        try:
+            decided = _decide(cfg, codec, device, ranks)
+        except ValueError as error:
+            decided = (None, str(error))
+    levers, text = parallel.gathered([decided])[0]
+    if levers is None:
+        raise ValueError(text)
+    return levers, text
+
+
+def _decide(cfg: config.Config, codec: VideoCodec, device: torch.device, ranks: int) -> tuple[MemoryConfig, str]:
+    before = Path(cfg.run) / "config.yaml"
+    if before.is_file():
+        kept = config.load(before).memory
+        if kept.limit_gib == cfg.memory.limit_gib:
+            return replace(kept, auto=False), f"memory: {told(kept)}, as at this run's first launch"
+    found = plan(cfg, device, codec, ranks)
+    text = f"memory: {told(found.memory)}, {found.why}: {gib(found.worst.peak)} of {gib(found.limit)} ({found.worst.key})"
+    if found.worst.peak > found.limit and cfg.train.refuse_misfit:
+        raise ValueError(f"memory.auto: {text}; try more train.micro_batches or a smaller batch, or start it anyway with "
+                         "train.refuse_misfit=false")
+    return found.memory, text
+
+
+def told(levers: MemoryConfig) -> str:
+    """The levers that are in use, as text."""
+    plain = MemoryConfig()
+    used = [f"{key}={value:g}" if isinstance(value, float) else f"{key}={str(value).lower()}"
+            for key, value in config.to_dict(levers).items() if key not in ("auto", "limit_gib") and value != getattr(plain, key)]
+    return ", ".join(used) or "no lever"
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def available(cfg: config.Config, device: torch.device, ranks: int, card: str) -> int:
+    """Bytes that each process may take of the device's memory."""
+    if cfg.memory.limit_gib:
+        return int(cfg.memory.limit_gib * 2**30)
+    if card:
+        return int(hardware.card(card).gib * 2**30)
+    return hardware.available(device) // (ranks if device.type == "cpu" else 1)
+
+
+def resident(cfg: config.Config, codec: VideoCodec) -> int:
+    """Bytes of weights that stay on the device beside the model: text encoder and VAE, unless it trains on their cached output."""
+    if cfg.data.source == "cache":
+        return 0
+    vae = getattr(torch, cfg.codec.dtype).itemsize * sum(p.numel() for p in codec.vae.parameters()) if codec.vae is not None else 0
+    return vae + (weight_bytes(cfg.text) if cfg.model.conditioning == "text" else 0)
+
+
+def model_of(cfg: config.Config) -> Latte:
+    """The model without its weights."""
     with torch.device("meta"):
         model = Latte(cfg.model)
         if cfg.init.lora_rank:
             lora.add(model, cfg.init)
+    return model
+
+
+def passes(cfg: config.Config, codec: VideoCodec, ranks: int) -> list[tuple[str, int, int, tuple[int, int, int, int], int]]:
+    """Of each clip shape its key, tokens a clip, clips in one pass of one process, latents [f c h w] of a clip, and passes of an
+    update."""
+    found = []
+    for key, shape in cfg.shapes():
+        f, c, h, w = codec.latent_shape(shape.frames, shape.height, shape.width)
+        f += shape.image_frames
+        own = -(-shape.batch_size // ranks)
+        clips = cfg.train.unit_clips if cfg.train.deterministic else -(-own // cfg.train.micro_batches)
+        found.append((key, f * h * w // cfg.model.patch_size**2, clips, (f, c, h, w), -(-own // clips)))
+    return found
+
+
+def describe(cfg: config.Config, card: str = "") -> str:
+    """What a run would do, as text: resolved config, model size, buckets, and work, memory and time of each bucket on this machine
+    or on a card by name. Raises ValueError for a card that is not known."""
+    device = Accelerator().device
+    clips = open_clips(cfg.data, cfg.seed, cfg.stages)
+    model = model_of(cfg)
+    with torch.device("meta"):
         codec = VideoCodec.told(cfg.codec, clips) if cfg.data.source == "cache" else VideoCodec(cfg.codec, weights=False)
     size, trained = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in checkpoint.trained(model).values())
-    lines = [config.to_yaml(cfg), f"parameters: {size / 1e6:.2f} M, of which trained: {trained / 1e6:.2f} M", table(clips,
-    cfg.stages),
-             *(f"left out {name}: {why}" for name, why in clips.dropped.items()), "",
-             "key                      latents          tokens/clip  clips/pass  GFLOP/update  peak GiB  s/update"]
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.train.mixed_precision, torch.float32)
-    passes, again = _passes(cfg, codec, 1), 4 / 3 if cfg.memory.activations == 0 else 1
-    seconds, work = {}, {}
-    for (key, tokens, together, latents), (_, shape) in zip(passes, cfg.shapes(), strict=True):
-        f, _, h, w = latents
-        work[key] = 3 * again * shape.batch_size * flops(cfg.model, f, h, w, cfg.text.max_tokens)
-        pair, = hardware.pair_seconds(cfg.model, f, h, w, [together], cfg.text.max_tokens, device, dtype)
-        seconds[key] = pair * again * cfg.model.layers * shape.batch_size / together
-        lines.append(f"{key:24s} {'x'.join(map(str, latents)):16s} {tokens:11d} {together:11d} {work[key] / 1e9:13.1f} "
-                     f"{_peak(cfg, latents, together, trained) / 2**30:9.2f} {seconds[key]:9.3f}")
-    hours = flop = 0.0
-    for index, stage in enumerate(cfg.stages):
-        for number, share in enumerate(stage.shares):
-            key = f"stages.{index}" + (f".buckets.{number}" if stage.buckets else "")
-            hours += stage.steps * share * seconds[key] / 3600
-            flop += stage.steps * share * work[key]
+    planner = _Planner(cfg, codec, device, 1, card)
+    found = _plan(planner)
+    cfg.memory = found.memory
+    where = card or device.type
+    lines = [config.to_yaml(cfg), f"parameters: {size / 1e6:.2f} M, of which trained: {trained / 1e6:.2f} M",
+             table(clips, cfg.stages), *(f"left out {name}: {why}" for name, why in clips.dropped.items()), "",
+             *_table(found, planner, where)]
+    shares = [(stage.steps * share, row) for (stage, share), row in zip(
+        ((stage, share) for stage in cfg.stages for share in stage.shares), found.rows, strict=True)]
+    hours = sum(steps * row.seconds for steps, row in shares) / 3600
+    flop = sum(steps * row.work for steps, row in shares)
     lines.append(f"all stages: {cfg.total_steps} updates, {flop / 1e15:.3f} PFLOP with {cfg.text.max_tokens} text tokens; about "
-                 f"{hours:.2f} h on one {device.type}, from one layer pair timed here, without loading, encoding and the optimizer")
-    pools = {(clips.pool(shape).size, latents) for (_, _, _, latents), (_, shape) in zip(passes, cfg.shapes(), strict=True)}
+                 f"{hours:.2f} h on one {where}, without loading and encoding")
+    pools = {(clips.pool(shape).size, row.latents) for row, (_, shape) in zip(found.rows, cfg.shapes(), strict=True)}
     cache = sum(size * 4 * np.prod(latents) * max(1, cfg.data.variants) for size, latents in pools)
     if cache and cfg.data.source != "cache":
         lines.append(f"data_tools.cache would take {cache / 2**30:.2f} GiB for the latents, and more for the text states")
-    if cfg.train.deterministic:
-        key, _, together, (f, _, h, w) = passes[-1]
-        batch = cfg.shapes()[-1][1].batch_size
-        alone, whole = hardware.pair_seconds(cfg.model, f, h, w, [together, batch], cfg.text.max_tokens, device, dtype)
-        more = alone * batch / together / whole - 1
-        lines.append(f"deterministic mode: {more:+.1%} time for {key}, in units of {together} instead of {batch}")
+    if cfg.train.deterministic and not card:
+        row, batch = found.rows[-1], cfg.shapes()[-1][1].batch_size
+        f, _, h, w = row.latents
+        alone, whole = hardware.pair_seconds(cfg.model, f, h, w, [row.clips, batch], cfg.text.max_tokens, device, planner.dtype)
+        more = alone * batch / row.clips / whole - 1
+        lines.append(f"deterministic mode: {more:+.1%} time for {row.key}, in units of {row.clips} instead of {batch}")
     try:
-        lines.append(check_room(cfg, codec, device, 1))
+        lines.append(_room(planner, found.worst.key, found.worst.peak))
     except ValueError as error:
         lines.append(f"would be refused: {error}")
     return "\n".join(lines)
 
 
+def _table(found: Plan, planner: _Planner, where: str) -> list[str]:
+    """A plan as lines of text."""
+    lines = [f"memory: {told(found.memory)} ({found.why}); {gib(found.limit)} to fit into on {where}; "
+             f"speed {planner.speed.told_by}"]
+    if len(found.tried) > 1:
+        for levers, peak, seconds in sorted(found.tried, key=lambda case: case[2]):
+            fits = "fits" if peak <= SURE * found.limit else ""
+            lines.append(f"  {peak / 2**30:8.2f} GiB {seconds:9.3f} s/update {fits:5s} {told(levers)}")
+    lines.append("key                      latents          tokens/clip  clips/pass  GFLOP/update  peak GiB  s/update")
+    return lines + [f"{row.key:24s} {'x'.join(map(str, row.latents)):16s} {row.tokens:11d} {row.clips:11d} {row.work / 1e9:13.1f} "
+                    f"{row.peak / 2**30:9.2f} {row.seconds:9.3f}" for row in found.rows]
+
+
 def check_room(cfg: config.Config, codec: VideoCodec, device: torch.device, ranks: int) -> str:
     """What the run takes of memory and disk beside what there is. Raises ValueError when it cannot fit (train.refuse_misfit)."""
-    with torch.device("meta"):
-        raw = Latte(cfg.model)
-        if cfg.init.lora_rank:
-            lora.add(raw, cfg.init)
-    size, trained = sum(p.numel() for p in raw.parameters()), sum(p.numel() for p in checkpoint.trained(raw).values())
-    free, place = hardware.available(device), Path(cfg.run)
-    if device.type == "cpu":
-        free //= ranks
+    size, trained = (sum(p.numel() for p in group) for group in (
+        model_of(cfg).parameters(), checkpoint.trained(model_of(cfg)).values()))
+    # An upper bound first, of float32 without levers: most runs fit by far, and tracing takes seconds.
+    planner = _Planner(cfg, codec, device, ranks, "")
+    sums = math.log2(max(count for *_, count in planner.passes)) + 3 if cfg.train.deterministic else 1
+    state, kept = planner.resident + 44 * size + 4 * trained * sums, 4 * 2 * 43 * cfg.model.width * cfg.model.layers
+    peaks = {key: state + kept * tokens * clips for key, tokens, clips, _, _ in planner.passes}
+    key, peak = max(peaks.items(), key=lambda pair: pair[1])
+    if peak > planner.limit / 2:
+        key, peak = max(((case[0], planner.peak(i, cfg.memory)) for i, case in enumerate(planner.passes)), key=lambda pair: pair[1])
+    return _room(planner, key, peak)
+
+
+def _room(planner: _Planner, key: str, peak: int) -> str:
+    cfg, free, place = planner.cfg, planner.limit, Path(planner.cfg.run)
+    trained = sum(p.numel() for p in planner.trained)
     while not place.exists():
         place = place.parent
     kept = cfg.train.keep_checkpoints + 1 + (cfg.total_steps // cfg.train.keep_every_steps if cfg.train.keep_every_steps else 0)
     # what the run's own checkpoints take already is theirs
     own = sum(file.stat().st_size for file in Path(cfg.run).glob("step-*/*"))
     disk, room = 16 * trained * kept, shutil.disk_usage(place).free + own
-    # an upper bound first: most runs fit by far, and tracing takes seconds
-    peaks = {key: 20 * size + 4 * 2 * 43 * cfg.model.width * cfg.model.layers * tokens * clips
-             for key, tokens, clips, _ in _passes(cfg, codec, ranks)}
-    key, peak = max(peaks.items(), key=lambda pair: pair[1])
-    if peak > free / 2:
-        key, peak = max(((key, _peak(cfg, shape, clips, trained)) for key, _, clips, shape in _passes(cfg, codec, ranks)),
-                        key=lambda pair: pair[1])
-    peak = max(peak, 28 * trained)  # beside an update of which a report is made: weights, gradients, moments, average, two copies
-    if cfg.train.deterministic:  # sums of gradients on the way up the tree, and what is sent and received
-        units = max(shape.batch_size // (ranks * cfg.train.unit_clips) for _, shape in cfg.shapes())
-        peak += 4 * trained * (math.ceil(math.log2(units)) + (2 if ranks > 1 else 0))
-    if device.type == "cpu":  # the copy that a checkpoint is written from
-        peak += 16 * trained
     need, have, files, left = (f"{value / 2**30:.1f} GiB" for value in (peak, free, disk, room))
     text = f"needs at most {need} of memory a process ({key}; {have} free) and {files} of disk for {kept} checkpoints ({left} free)"
     if cfg.train.refuse_misfit and (peak > free or disk > room):
@@ -101,20 +396,3 @@ def check_room(cfg: config.Config, codec: VideoCodec, device: torch.device, rank
         raise ValueError(f"{key if peak > free else 'train.keep_checkpoints'}: the run {text}; {hint}, or start it anyway with "
                          "train.refuse_misfit=false")
     return text
-
-
-def _passes(cfg: config.Config, codec: VideoCodec, ranks: int) -> list[tuple[str, int, int, tuple[int, int, int, int]]]:
-    """Of each clip shape its key, tokens a clip, clips in one pass of one process, and latents [f c h w]."""
-    found = []
-    for key, shape in cfg.shapes():
-        f, c, h, w = codec.latent_shape(shape.frames, shape.height, shape.width)
-        f += shape.image_frames
-        clips = cfg.train.unit_clips if cfg.train.deterministic else -(-shape.batch_size // (ranks * cfg.train.micro_batches))
-        found.append((key, f * h * w // cfg.model.patch_size**2, clips, (f, c, h, w)))
-    return found
-
-
-def _peak(cfg: config.Config, shape: tuple[int, int, int, int], clips: int, trained: int) -> int:
-    f, _, h, w = shape
-    return trace.training_peak(cfg.model, f, h, w, clips, cfg.text.max_tokens, cfg.train.mixed_precision != "fp32",
-                                cfg.memory.activations == 0, trained)

@@ -1,49 +1,216 @@
-"""How much memory something would take, told by running it on tensors without values: nothing is computed, no memory taken."""
+"""What memory and work something would take, told by running it on tensors without values: nothing is computed, no memory taken."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+import contextlib
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
-from latte.config import MemoryConfig, ModelConfig
-from latte.memory import apply
+from latte import checkpoint, diffusion, lora, memory, optim, parallel
+from latte.config import Config
+from latte.health import Step
 from latte.model import Latte
 
 
-def training_peak(cfg: ModelConfig, frames: int, height: int, width: int, clips: int, text_tokens: int, autocast: bool,
-                  checkpointed: bool, trained: int) -> int:
-    """Most bytes that a training step on `clips` latents [f c h w] takes at once: weights, gradients, activations, and of `trained`
-    parameters the two moments and the average. Nothing is computed and no memory taken.
+@dataclass(frozen=True)
+class Cost:
+    """Of an update on one device."""
 
-    Traced on fake tensors with one and with two layer pairs, between which memory grows by the same amount for each further pair.
-    On a CPU it is the profiler's count to the byte without block checkpointing, and up to an eighth above it with.
+    peak: int  # most bytes there at once
+    held: int  # bytes between updates: weights, moments, average
+    flops: float  # operations of matrix products and attention
+    moved: float  # bytes that everything else reads and writes
+    sent: float  # bytes to the host and back
+
+
+class Tracker(TorchDispatchMode):
+    """Counts bytes alive, each storage once, the most of them in each phase, and the work done."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.phase, self.alive, self.here = 0, "", {}, True
+        self.most: dict[str, int] = {}
+        self.work: Counter[str] = Counter()
+
+    def enter(self, phase: str) -> None:
+        self.phase = phase
+        self.most[phase] = max(self.most.get(phase, 0), self.now)
+
+    @contextlib.contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """What begins to live meanwhile is not on the device, and crosses over to it and back."""
+        self.here = False
+        try:
+            yield
+        finally:
+            self.here = True
+
+    def add(self, values: object) -> bool:
+        """Counts the tensors among nested lists and dictionaries. Returns whether any was new."""
+        new = False
+        for value in tree_leaves(values):
+            if not isinstance(value, Tensor):
+                continue
+            storage = value.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self.alive:
+                new = True
+                self.alive[key] = weakref.ref(storage, partial(self._gone, key, size if self.here else 0))
+                if self.here:
+                    self.now += size
+                else:
+                    self.work["sent"] += 2 * size
+        self.most[self.phase] = max(self.most.get(self.phase, 0), self.now)
+        return new
+
+    def _gone(self, key: int, size: int, _reference) -> None:
+        del self.alive[key]
+        self.now -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        new = self.add(result)
+        if "scaled_dot_product" in func.name():  # two products forward, five backward
+            q, k = args[1:3] if "backward" in func.name() else args[:2]
+            self.work["flops"] += 2 * q.numel() * k.shape[-2] * (5 if "backward" in func.name() else 2)
+        elif func.overloadpacket in flop_registry:
+            self.work["flops"] += flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
+        elif new or func._schema.is_mutable:
+            self.work["moved"] += sum(value.nbytes for value in tree_leaves((args, kwargs, result)) if isinstance(value, Tensor))
+        return result
+
+
+def update(cfg: Config, latents: tuple[int, int, int, int], images: int, clips: int, passes: int, gpu: bool) -> Cost:
+    """What a training update takes that sees `clips` latents [f c h w], the last `images` frames of which are images, in each of so
+    many passes; with what its report needs. On a GPU, host memory does not count.
+
+    Traced with two and with three layer pairs at most. With each further pair every phase of the update grows by what it grew from
+    two to three: the forward pass, the backward pass of the last, of an inner and of the first pair, and the optimizer's step.
+    The trace follows the rules of a CPU: attention keeps its output and the logarithms of its sums, as fused kernels of a GPU do.
     """
-    def traced(layers: int) -> int:
-        def make():
-            model = Latte(replace(cfg, layers=layers))
-            if checkpointed:
-                apply(model, MemoryConfig(activations=0))
-            x, t = torch.zeros(clips, frames, cfg.in_channels, height, width), torch.zeros(clips)
-            given = {"text": torch.zeros(clips, text_tokens, cfg.text_channels)} if cfg.conditioning == "text" else {}
-
-            def run():
-                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                    y = model(x, t, **given)
-                y.float().square().mean().backward()
-
-            return run, (model, x, t, *given.values())
-
-        return peak(make, torch.float32, backward=True)
-
-    one, two = traced(1), traced(2)
-    return one + (cfg.layers - 1) * (two - one) + 12 * trained
+    layers, traced = cfg.model.layers, min(passes, 2)  # a third pass is like the second
+    found = [_traced(replace(cfg, model=replace(cfg.model, layers=number)), latents, images, clips, traced, gpu)
+             for number in ([layers] if layers <= 3 else [2, 3])]
+    (most, held, work), before = found[-1], found[0]
+    if layers > 3:
+        grown = {phase: most[phase] - before[0][phase] for phase in before[0]}
+        if "inner pair" in most:
+            grown["inner pair"] = max(grown["first pair"], grown["last pair"])  # it may be the neighbour of either
+        most = {phase: size + (layers - 3) * grown[phase] for phase, size in most.items()}
+        held += (layers - 3) * (held - before[1])
+        work = {kind: count + (layers - 3) * (count - before[2][kind]) for kind, count in work.items()}
+    work = {kind: work.get(kind, 0) * passes / traced for kind in ("flops", "moved", "sent")}
+    return Cost(peak=max(most.values()), held=held, **work)
 
 
-def peak(make: Callable[[], tuple[Callable[[], object], Iterable]], dtype: torch.dtype, backward: bool = False) -> int:
-    """Most bytes alive while a function runs, without gradients unless `backward`. Nothing is computed and no memory taken: tensors
-    are fake.
+def _traced(cfg: Config, latents: tuple[int, int, int, int], images: int, clips: int, passes: int, gpu: bool
+            ) -> tuple[dict[str, int], int, Counter[str]]:
+    """Most bytes in each phase of an update, bytes before it, and its work without that of the optimizer."""
+    _forget()
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), Tracker() as tracker:
+            run = rehearsal(cfg, latents, images, clips, passes, tracker, tracker.elsewhere if gpu else contextlib.nullcontext)
+            held, _ = tracker.now, (tracker.most.clear(), tracker.work.clear())
+            run()
+    finally:
+        _forget()
+    return tracker.most, held, tracker.work
+
+
+def _forget() -> None:
+    """Tables that functions keep for their next call must not be fake ones from here on."""
+    for table in (*vars(diffusion).values(), *vars(optim).values()):
+        if hasattr(table, "cache_clear"):
+            table.cache_clear()
+
+
+def rehearsal(cfg: Config, latents: tuple[int, int, int, int], images: int, clips: int, passes: int, tracker: Tracker,
+              on_host: Callable[[], contextlib.AbstractContextManager]) -> Callable[[], None]:
+    """An update as train.py makes it, of a fresh model on zeros. What is made inside of on_host() belongs to the host."""
+    attention = "math" if cfg.model.attention == "math" else "sdpa"  # all fused ones keep the same
+    model = Latte(replace(cfg.model, attention=attention))
+    if cfg.init.lora_rank:
+        lora.add(model, cfg.init)
+    optimizer = optim.make_optimizer(model, cfg.optim, cfg.memory, cfg.seed)
+    with on_host() if cfg.memory.ema == "host" else contextlib.nullcontext():
+        ema = optim.EMA(model, cfg.optim.ema_decay, cfg.memory.ema)
+    trained = checkpoint.trained(model)
+    for p in trained.values():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()  # makes the moments
+    optimizer.zero_grad(set_to_none=True)
+    early = optim.InBackward(model, optimizer) if cfg.memory.optimizer_in_backward else None
+    store = memory.apply(model, cfg.memory)
+    if store:
+        store._send = partial(_sent, store._send, on_host)
+    last = cfg.model.layers - 1
+    for i, block in enumerate(model.temporal):
+        phase = "last pair" if i == last else "inner pair" if i else "first pair"
+        block.register_forward_hook(lambda _block, _given, out, phase=phase: (
+            out.register_hook(lambda _: tracker.enter(phase)) and None if out.requires_grad else None))
+    fixed = parallel.FixedOrder(list(model.parameters()), 0, 1) if cfg.train.deterministic else None
+    x = [torch.zeros(clips, *latents) for _ in range(passes)]
+    rows = [clips, 1 + images] if images else [clips]
+    text = [torch.zeros(*rows, cfg.text.max_tokens, cfg.model.text_channels) for _ in range(passes)]
+    precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.train.mixed_precision)
+
+    def one_pass(number: int) -> Tensor:
+        tracker.enter("forward")
+        cond = {"text": text[number], "text_mask": torch.ones(text[number].shape[:-1])} if cfg.model.conditioning == "text" else {}
+        times = torch.zeros(clips, dtype=torch.long if cfg.diffusion.kind == "ddpm" else torch.float32)
+
+        def model_fn(x, t, cond):
+            with torch.autocast(x.device.type, precision, enabled=precision is not None):
+                return model(x, t, image_frames=images, **cond).float()
+
+        losses = diffusion.training_loss(model_fn, x[number], cond, torch.zeros(clips, *latents), times, cfg.diffusion).loss
+        if early:
+            early.begin(losses.sum(), measure=True)
+        losses.sum().backward()
+        return losses.detach().sum()
+
+    def step() -> None:
+        tracker.enter("step")
+        if not early:
+            norm = torch.stack(torch._foreach_norm([p.grad for p in trained.values()], dtype=torch.float32)).norm()
+            if cfg.optim.grad_clip:
+                torch.nn.utils.clip_grads_with_norm_(trained.values(), cfg.optim.grad_clip, norm)
+            move = Step(trained)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        ema.update(model, 0, torch.ones(()))
+        if not early:
+            torch._foreach_sub([p.detach() for p in trained.values()], move.before)  # as its ratios() does
+
+    def run() -> None:
+        if fixed:
+            fixed.backward(range(passes), one_pass)
+        else:
+            for number in range(passes):
+                one_pass(number)
+        work = tracker.work.copy()
+        step()
+        tracker.work = work
+
+    return run
+
+
+def _sent(send: Callable[[Tensor], object], on_host: Callable[[], contextlib.AbstractContextManager], x: Tensor) -> object:
+    with on_host():
+        return send(x)
+
+
+def peak(make: Callable[[], tuple[Callable[[], object], Iterable[nn.Module | Tensor]]], dtype: torch.dtype) -> int:
+    """Most bytes alive while a function runs without gradients.
 
     make() returns the function and the modules and tensors that are there before it runs; what it makes is of `dtype` where
     nothing else is asked for. Attention counts as a CPU runs it; fused kernels of a GPU need no more.
@@ -51,12 +218,12 @@ def peak(make: Callable[[], tuple[Callable[[], object], Iterable]], dtype: torch
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(backward):
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             run, held = make()
-            tracker = MemTracker()
-            tracker.track_external(*held)
-            with tracker:
+            with Tracker() as tracker:
+                for value in held:
+                    tracker.add([*value.parameters(), *value.buffers()] if isinstance(value, nn.Module) else value)
                 run()
-            return max(device["Total"] for device in tracker.get_tracker_snapshot("peak").values())
+        return max(tracker.most.values())
     finally:
         torch.set_default_dtype(before)
