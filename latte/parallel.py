@@ -1,10 +1,63 @@
-"""Several processes: what they must agree on, and gradients whose bits do not depend on how many they are."""
+"""How a finished model runs: compiled, and on several processes, with gradients whose bits do not depend on how many they are."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._functorch import config as compiler
+
+from latte.config import MemoryConfig
+from latte.model import Block, Latte
+
+GRAPHS = 1024  # of the blocks; past so many, torch would go on uncompiled without a word
+TEXT_STEP = 16  # text tokens; GPU kernels want the rows of a bias to start on such a multiple
+
+
+def compile_blocks(model: Latte, levers: MemoryConfig) -> MemoryConfig:
+    """Compiles the blocks for training: one graph for all spatial layers and one for all temporal ones, of each clip shape.
+
+    The shape of the video is fixed in a graph, the number of text tokens is not: captions are padded, masked, to the next
+    multiple of TEXT_STEP, and the graphs take any such number. Once a bucket was seen, it compiles nothing again. Image frames
+    make a third graph, as the first temporal block then gets another layout than the others. Without gradients the blocks run
+    uncompiled.
+
+    The share levers.activations of what they would keep for the backward pass becomes the budget of the compiler's own choice
+    between keeping and computing again (torch's memory budget: a knapsack over the graph). Returns the levers without it, for
+    latte.memory.apply, which comes after this.
+    """
+    torch._dynamo.config.recompile_limit = GRAPHS
+    torch._dynamo.config.accumulated_recompile_limit = 2 * GRAPHS
+    compiler.activation_memory_budget = 1.0 if levers.tile_tokens else levers.activations  # tiles keep their input
+    compiled = torch.compile(Block.forward, dynamic=False)  # of the class: layers differ in their weights only, which are inputs
+    for block in [*model.spatial, *model.temporal]:
+        block.forward = partial(_compiled, compiled, block)
+    model.register_forward_pre_hook(_pad_text, with_kwargs=True)
+    return replace(levers, activations=1.0)
+
+
+def _compiled(compiled: Callable[..., Tensor], block: Block, x: Tensor, mod: Tensor, text: Tensor | None = None,
+              bias: Tensor | None = None, turn: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    if not torch.is_grad_enabled():
+        return Block.forward(block, x, mod, text, bias, turn)
+    for words in (text, bias):
+        if words is not None:
+            torch._dynamo.mark_dynamic(words, 2)
+    return compiled(block, x, mod, text, bias, turn)
+
+
+def _pad_text(_model: Latte, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Latte.forward's arguments with text and text_mask on a multiple of TEXT_STEP tokens."""
+    text, mask = kwargs.get("text"), kwargs.get("text_mask")
+    if text is None or not torch.is_grad_enabled():
+        return args, kwargs
+    if mask is None:
+        mask = torch.ones(text.shape[:-1], dtype=torch.bool, device=text.device)
+    more = -text.shape[-2] % TEXT_STEP
+    return args, {**kwargs, "text": F.pad(text, (0, 0, 0, more)), "text_mask": F.pad(mask, (0, more))}
 
 
 def make_deterministic(device: torch.device) -> None:
