@@ -6,8 +6,8 @@
 The update is train.py's on zeros: loss, backward pass, norm of the gradient, AdamW, average and report, of one clip and uncompiled.
 The peak counts weights and all: on a CPU the most that torch's profiler saw allocated, on a GPU max_memory_allocated of the second
 update. --cap-gib bounds what the process may allocate on a GPU. The prediction is latte.trace.update's. Without a GPU the shapes
-are small, unless --no-tiny. Lines that the JSON already holds are not run again without --again, as long as neither model nor precision has changed.
-A line that does not fit says so.
+are small, unless --no-tiny. Lines that the JSON already holds are not run again without --again, as long as preset, precision,
+device and cap are the same. A line that does not fit says so.
 """
 
 import argparse
