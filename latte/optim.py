@@ -22,7 +22,6 @@ SMALL = 4096  # elements; the moments of a smaller tensor stay float32, as they 
 BLOCK = 256  # elements that share a scale
 PART = 2**22  # elements that are updated together, which bounds the float32 copies of what is stored in fewer bits
 MOMENTS = ("exp_avg", "exp_avg_sq")
-ROUNDING = {"fp32": 0, "bf16": 6, "int8": 18}  # bytes an element that rounding a tensor takes at most
 
 
 def make_optimizer(model: nn.Module, cfg: OptimConfig, memory: MemoryConfig | None = None, seed: int = 0) -> "AdamW":
@@ -253,30 +252,19 @@ def _parts(parameters: Sequence[Tensor], states: str) -> Iterator[list[Tensor]]:
 
 
 def state_bytes(parameters: Iterable[Tensor], cfg: MemoryConfig) -> dict[str, int]:
-    """Bytes that training holds for these trained parameters, beside activations. Shapes and dtypes are read, meta tensors will do.
+    """Bytes that training holds for these trained parameters, beside activations; only their shapes are read.
 
-    weights; gradients, all of them, or the largest one with cfg.optimizer_in_backward; moments, with the count of steps; average,
-    on the device or, with cfg.ema=host, on the host; and what an update takes on top of it at most.
+    weights; gradients, all of them, or the largest one with cfg.optimizer_in_backward; moments, with the count of steps; and the
+    average, on the device or, with cfg.ema=host, on the host. Weights, moments and average make a checkpoint.
     """
-    dtype = torch.bfloat16 if cfg.weights == "bf16" else torch.float32
-    shapes = [torch.empty(p.shape, dtype=dtype, device="meta") for p in parameters]
-    sizes = [p.nbytes for p in shapes]
-    moments, average = 4 * len(shapes), 4 * sum(p.numel() for p in shapes)
-    for p in shapes:
-        stored = _stored(p, cfg.optimizer_states)
-        moments += 2 * (p.numel() * stored.itemsize + (4 * -(-p.numel() // BLOCK) if stored == torch.uint8 else 0))
-
-    def copies(part: list[Tensor]) -> int:
-        """float32 moments, weights and gradients of what is stored in fewer bits; the gradients go before a tensor is rounded."""
-        moments = [p.numel() for p in part if _stored(p, cfg.optimizer_states) != torch.float32]
-        weights = [p.numel() for p in part if p.dtype != torch.float32]
-        rounding = max(ROUNDING[cfg.optimizer_states] * max(moments, default=0), ROUNDING[cfg.weights] * max(weights, default=0))
-        return 8 * sum(moments) + 4 * sum(weights) + max(4 * sum(weights), rounding)
-
-    parts = [[p] for p in shapes] if cfg.optimizer_in_backward else _parts(shapes, cfg.optimizer_states)
-    return {"weights": sum(sizes), "gradients": max(sizes, default=0) if cfg.optimizer_in_backward else sum(sizes),
-            "moments": moments, "average on device": average if cfg.ema == "device" else 0,
-            "average on host": average if cfg.ema == "host" else 0, "update": max(map(copies, parts), default=0)}
+    parameters = list(parameters)
+    sizes, width = [p.numel() for p in parameters], 2 if cfg.weights == "bf16" else 4
+    stored = [_stored(p, cfg.optimizer_states) for p in parameters]
+    blocks = sum(-(-n // BLOCK) for n, dtype in zip(sizes, stored, strict=True) if dtype == torch.uint8)
+    moments = 4 * len(sizes) + 2 * (sum(n * dtype.itemsize for n, dtype in zip(sizes, stored, strict=True)) + 4 * blocks)
+    return {"weights": width * sum(sizes), "moments": moments,
+            "gradients": width * (max(sizes, default=0) if cfg.optimizer_in_backward else sum(sizes)),
+            "average on device": 4 * sum(sizes) * (cfg.ema == "device"), "average on host": 4 * sum(sizes) * (cfg.ema == "host")}
 
 
 def lr_at(step: int, cfg: OptimConfig, total_steps: int, rate: float = 0.0) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from latte import checkpoint, config, hardware, lora, parallel, trace
+from latte import checkpoint, config, hardware, lora, optim, parallel, trace
 from latte.codec import VideoCodec
 from latte.config import MemoryConfig
 from latte.data import open_clips, table
@@ -22,7 +22,7 @@ from latte.text import weight_bytes
 
 SURE = 0.95  # share of the memory that the planner fills by its own choice: allocators lose some to fragments
 RUNGS = [{"activations": 0.75}, {"activations": 0.5}, {"activations": 0.25}, {"activations": 0.0},  # each takes less memory
-         {"activations": 0.0, "mlp_chunks": 4}, {"tile_tokens": 16384}, {"tile_tokens": 4096}]      # and more time
+         {"activations": 0.0, "mlp_chunks": 4}, {"tile_tokens": 8192}]                              # and more time
 LOSSY = [{"optimizer_states": "bf16"}, {"optimizer_states": "int8"}, {"optimizer_states": "int8", "weights": "bf16"}]
 
 
@@ -381,13 +381,13 @@ def check_room(cfg: config.Config, codec: VideoCodec, device: torch.device, rank
 
 def _room(planner: _Planner, key: str, peak: int) -> str:
     cfg, free, place = planner.cfg, planner.limit, Path(planner.cfg.run)
-    trained = sum(p.numel() for p in planner.trained)
+    state = optim.state_bytes(planner.trained, cfg.memory)
     while not place.exists():
         place = place.parent
     kept = cfg.train.keep_checkpoints + 1 + (cfg.total_steps // cfg.train.keep_every_steps if cfg.train.keep_every_steps else 0)
     # what the run's own checkpoints take already is theirs
     own = sum(file.stat().st_size for file in Path(cfg.run).glob("step-*/*"))
-    disk, room = 16 * trained * kept, shutil.disk_usage(place).free + own
+    disk, room = kept * (sum(state.values()) - state["gradients"]), shutil.disk_usage(place).free + own
     need, have, files, left = (f"{value / 2**30:.1f} GiB" for value in (peak, free, disk, room))
     text = f"needs at most {need} of memory a process ({key}; {have} free) and {files} of disk for {kept} checkpoints ({left} free)"
     if cfg.train.refuse_misfit and (peak > free or disk > room):
