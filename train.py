@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from latte import cached, checkpoint, config, diffusion, hardware, keyed, lora, memory, parallel, pipeline, plan, video
+from latte import cached, checkpoint, config, diffusion, hardware, keyed, lora, memory, parallel, pipeline, plan, precision, video
 from latte.codec import VideoCodec
 from latte.data import Batch, make_loader, open_clips, table
 from latte.guard import Guard
@@ -37,8 +37,8 @@ INTERRUPTED = 130  # exit code after SIGINT; the state was saved as well
 
 def train(cfg: config.Config) -> int:
     """Runs or resumes the training that `cfg` describes. Returns the exit code; raises ValueError or OSError with the cause."""
-    precision = "no" if cfg.train.mixed_precision == "fp32" else cfg.train.mixed_precision  # accelerate's word for it
-    accelerator = Accelerator(mixed_precision=precision, log_with=cfg.train.trackers or None, project_dir=cfg.run)
+    autocast = "no" if cfg.train.mixed_precision == "fp32" else cfg.train.mixed_precision  # accelerate's word for it
+    accelerator = Accelerator(mixed_precision=autocast, log_with=cfg.train.trackers or None, project_dir=cfg.run)
     with checkpoint.lock(cfg.run) if accelerator.is_main_process else contextlib.nullcontext():
         return _train(cfg, accelerator)
 
@@ -68,6 +68,7 @@ def _train(cfg: config.Config, accelerator: Accelerator) -> int:
             accelerator.scaler.load_state_dict(found.extra["scaler"])
         before, now = config.to_dict(found.config), config.to_dict(cfg)
         changed = [key for key in now if key not in ("run", "train", "preview") and now[key] != before.get(key)]
+    formats = precision.apply(raw, cfg.train, device)
     memory.apply(raw, parallel.compile_blocks(raw, cfg.memory) if cfg.train.compile else cfg.memory)
     # The optimizer's state is where it belongs: accelerate would bring it there in the weights' dtype.
     if cfg.train.deterministic:  # its gradients are added up by FixedOrder, not by DDP
@@ -80,6 +81,7 @@ def _train(cfg: config.Config, accelerator: Accelerator) -> int:
 
     with contextlib.closing(RunLog(cfg, accelerator, start)) as log, contextlib.closing(run):
         log.say(f"{cfg.run}: from update {start} to {cfg.total_steps} on {ranks} process(es), {device.type}")
+        log.say(formats)
         for why in wrong:
             log.event("checkpoint", start, f"passed over a damaged checkpoint: {why}")
         for note in notes if start == 0 else []:
@@ -342,7 +344,9 @@ class _Run:
             "update": done, "why": why, "stage": batch.stage, "bucket": batch.bucket, "lr": pending.rate, "loss": loss,
             "grad_norm": norm, "loss_limit": limits[0], "grad_norm_limit": limits[1],
             "grad_norm_of": by_group(pending.names, pending.norms), "samples": samples})
-        log.event(why, done, f"update {done} skipped, {why}: loss {loss:.4g}, gradient norm {norm:.4g}; samples {worst}; "
+        # in the backward pass, weights have moved before the first gradient that is not finite was there
+        what = "skipped" if not self.early or not np.isfinite(loss) else "skipped for weights whose gradient is not finite"
+        log.event(why, done, f"update {done} {what}, {why}: loss {loss:.4g}, gradient norm {norm:.4g}; samples {worst}; "
                              f"see {path}",
                   positions=[s["position"] for s in samples], times=[s["time"] for s in samples])
 

@@ -275,7 +275,9 @@ class OptimConfig:
 class TrainConfig:
     mixed_precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast; weights stay float32
     micro_batches: int = 1  # a batch is split into this many backward passes; the update stays the same
-    compile: bool = False  # torch.compile each block; needs a C++ compiler on CPU
+    tf32: bool = True  # on a GPU, what stays in float32 beside autocast is multiplied with 10 bits of mantissa
+    fp8: bool = False  # on a GPU that has it, the products of large linears of the blocks, see latte.precision; rounded
+    compile: bool = False  # torch.compile the blocks, see latte.parallel.compile_blocks; needs a C++ compiler on CPU
     log_every_steps: int = 10
     deterministic: bool = False  # bit-equal weights for any number of processes (1, 2, 4, ...), see latte.parallel.FixedOrder
     unit_clips: int = 1  # deterministic: clips whose gradient is computed together; it takes the place of micro_batches
@@ -294,6 +296,8 @@ class TrainConfig:
             _require(getattr(self, name) >= 0, f"train.{name}", f"must be at least 0, got {getattr(self, name)}")
         unknown = set(self.trackers) - {"wandb", "tensorboard"}
         _require(not unknown, "train.trackers", f"knows wandb and tensorboard, got {sorted(unknown)}")
+        _require(not self.fp8 or (self.mixed_precision == "bf16" and self.compile), "train.fp8",
+                 "replaces products of bfloat16 in compiled blocks; it needs train.mixed_precision=bf16 and train.compile=true")
 
 
 @dataclass(kw_only=True)

@@ -14,7 +14,7 @@ FLOORS = [
     {"latte.config", "latte.video", "latte.keyed"},
     {"latte.attention", "latte.diffusion", "latte.optim", "latte.metrics", "latte.world", "latte.guard"},
     {"latte.model", "latte.sampler"},
-    {"latte.codec", "latte.text", "latte.checkpoint", "latte.parallel", "latte.lean", "latte.hardware",
+    {"latte.codec", "latte.text", "latte.checkpoint", "latte.parallel", "latte.precision", "latte.lean", "latte.hardware",
      "latte.runlog"},
     {"latte.published", "latte.clips", "latte.health", "latte.memory"},
     {"latte.cached", "latte.lora"},
