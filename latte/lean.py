@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latte.attention import attention, rotate
-from latte.model import EPS, Block, CrossAttention, SelfAttention
+from latte.model import Block, CrossAttention, SelfAttention
+from latte.ops import EPS, autocast_dtype
 
 _linear = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else None
 
 
 def fits(block: Block, x: Tensor, mod: Tensor, text: Tensor | None) -> bool:
     """Whether this block's forward pass on x [b f n d] can take the short way."""
-    return not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or _linear is None or x.device.type != "cpu"
+    return not (torch.is_grad_enabled() or autocast_dtype("cpu") or _linear is None or x.device.type != "cpu"
                 or mod.shape[1] > 1 or (text is not None and text.shape[1] > 1) or x.dtype not in (torch.float32, torch.bfloat16)
                 or any(type(m) is not nn.Linear for m in (block.attn.qkv, block.attn.out, block.mlp[0], block.mlp[2])))
 

@@ -4,6 +4,7 @@ Nothing here changes numbers: frames are independent of one another in spatial b
 MLPs, and what is computed again is the same arithmetic.
 """
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 from latte import lean
 from latte.config import MemoryConfig
 from latte.model import Block, Latte
+from latte.ops import autocast_dtype
 
 CPU_TILE = 4096  # tokens that sampling on a CPU works on at a time, whose tensors the cache and the allocator have at hand
 OFFLOADED_FROM = 2**20  # bytes; smaller tensors stay on the device
@@ -50,22 +52,23 @@ def _recomputed(forward: Callable[..., Tensor], keep: "_Selective | None", *args
         return forward(*args, **kwargs)
     device = args[0].device.type
     # Without autocast's cache, casts are computed again like the rest, and tiles' gradients add up in the weights' own precision.
-    with torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), cache_enabled=False):
+    dtype = autocast_dtype(device)
+    with torch.autocast(device, dtype, cache_enabled=False) if dtype else contextlib.nullcontext():
         context = {"context_fn": keep.contexts(*args, **kwargs)} if keep is not None and keep.share > 0 else {}
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **context, **kwargs)
 
 
-def _in_chunks(mlp: Callable[[Tensor], Tensor], chunks: int, x: Tensor) -> Tensor:
-    """mlp(x [b f n d]) on one share of the tokens after the other."""
-    rows = x.reshape(-1, x.shape[-1])
-    parts = rows.chunk(chunks)
+def _in_chunks(mlp: Callable[..., Tensor], chunks: int, x: Tensor, *mods: Tensor) -> Tensor:
+    """mlp(x [b f n d], *mods [b 1|f 1 d]) on one share of the frames after the other."""
+    parts = x.chunk(chunks, dim=1)
+    sizes = [part.shape[1] for part in parts]
+    rows = zip(*(mod.split(sizes, dim=1) if mod.shape[1] > 1 else [mod] * len(parts) for mod in mods), strict=True)
     if torch.is_grad_enabled():
-        return torch.cat([_recomputed(mlp, None, part) for part in parts]).view(x.shape)
-    out = torch.empty_like(rows, dtype=torch.get_autocast_dtype(x.device.type) if (
-        torch.is_autocast_enabled(x.device.type)) else rows.dtype)
-    for part, into in zip(parts, out.chunk(chunks), strict=True):
-        into.copy_(mlp(part))
-    return out.view(x.shape)
+        return torch.cat([_recomputed(mlp, None, part, *row) for part, row in zip(parts, rows, strict=True)], dim=1)
+    out = torch.empty_like(x)
+    for part, row, into in zip(parts, rows, out.split(sizes, dim=1), strict=True):
+        into.copy_(mlp(part, *row))
+    return out
 
 
 def _in_tiles(block: Block, forward: Callable[..., Tensor], axis: int, tokens: int, x: Tensor, mod: Tensor,
@@ -131,7 +134,7 @@ class _Selective:
         self.chosen: dict[tuple, set[int]] = {}  # numbers of the kept products, by the shape of the input
 
     def contexts(self, x: Tensor, *args: Tensor, **kwargs: Tensor) -> Callable:
-        key = (x.shape, x.dtype, torch.is_autocast_enabled(x.device.type))
+        key = (x.shape, x.dtype, autocast_dtype(x.device.type))
         if key not in self.chosen:
             with torch.no_grad(), _Products() as found:
                 self.forward(x, *args, **kwargs)

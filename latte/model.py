@@ -18,15 +18,11 @@ from torch import Tensor, nn
 
 from latte.attention import attention, rope, rotate, sincos, sincos_2d
 from latte.config import ModelConfig
+from latte.ops import EPS, add_gated, autocast_dtype, modulate, norm_linear
 
 TIMESTEP_CHANNELS = 256
 MLP_RATIO = 4
-EPS = 1e-6
 MASKED = -10000.0  # logit of a masked text token; finite, so that a clip whose text is masked altogether stays finite
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
 
 
 def six(mod: Tensor) -> Tensor:
@@ -50,7 +46,8 @@ class HeadNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention among the tokens of one frame ("space") or among the frames at one position ("time")."""
+    """Attention among the tokens of one frame ("space") or among the frames at one position ("time"), added to the residual
+    stream."""
 
     def __init__(self, cfg: ModelConfig, along: str):
         super().__init__()
@@ -60,15 +57,16 @@ class SelfAttention(nn.Module):
         self.norm = HeadNorm(cfg)
         self.out = nn.Linear(cfg.width, cfg.width)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """x [b f n d]; turn: cosines and sines [b|1 f 1 1 k/2] of rotary positions."""
-        q, k, v = rearrange(self.qkv(x), "b f n (three h k) -> three b f n h k", three=3, h=self.heads)
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, turn: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x [b f n d]; shift, scale and gate [b 1|f 1 d]; turn: cosines and sines [b|1 f 1 1 k/2] of rotary positions."""
+        qkv = norm_linear(x, shift, scale, self.qkv)
+        q, k, v = rearrange(qkv, "b f n (three h k) -> three b f n h k", three=3, h=self.heads)
         q, k = self.norm(q, k)
         if turn is not None:
             q, k = rotate(q, *turn), rotate(k, *turn)
         q, k, v = (rearrange(y, f"b f n h k -> {self.rows}") for y in (q, k, v))
         y = attention(q, k, v, backend=self.backend)
-        return self.out(rearrange(y, f"{self.rows} -> b f n (h k)", b=len(x)))
+        return add_gated(x, gate, rearrange(y, f"{self.rows} -> b f n (h k)", b=len(x)), self.out)
 
 
 class CrossAttention(nn.Module):
@@ -98,6 +96,18 @@ class CrossAttention(nn.Module):
         return self.out(torch.cat(out, dim=1) if images else out[0])
 
 
+class MLP(nn.Sequential):
+    """Two linears with GELU between them, added to the residual stream."""
+
+    def __init__(self, cfg: ModelConfig):
+        wide = MLP_RATIO * cfg.width
+        super().__init__(nn.Linear(cfg.width, wide), nn.GELU(approximate="tanh"), nn.Linear(wide, cfg.width))
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        """x [b f n d]; shift, scale and gate [b 1|f 1 d]."""
+        return add_gated(x, gate, norm_linear(x, shift, scale, self[0]), self[2], gelu=True)
+
+
 class Block(nn.Module):
     """Self-attention, in spatial blocks also attention to the text, and an MLP, each added to the residual stream.
 
@@ -114,8 +124,7 @@ class Block(nn.Module):
             self.modulation = nn.Linear(cfg.width, 6 * cfg.width)
         self.attn = SelfAttention(cfg, along)
         self.cross = CrossAttention(cfg) if along == "space" and cfg.conditioning == "text" else None
-        self.mlp = nn.Sequential(nn.Linear(cfg.width, MLP_RATIO * cfg.width), nn.GELU(approximate="tanh"),
-                                 nn.Linear(MLP_RATIO * cfg.width, cfg.width))
+        self.mlp = MLP(cfg)
 
     def forward(self, x: Tensor, mod: Tensor, text: Tensor | None = None, bias: Tensor | None = None,
                 turn: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -123,10 +132,10 @@ class Block(nn.Module):
         in CrossAttention; turn as in SelfAttention."""
         mod = self.table + mod if hasattr(self, "table") else six(self.modulation(mod))
         shift1, scale1, gate1, shift2, scale2, gate2 = mod.unbind(-2)                 # each [b 1|f 1 d]
-        x = torch.addcmul(x, gate1, self.attn(modulate(x, shift1, scale1), turn))     # [b f n d]
+        x = self.attn(x, shift1, scale1, gate1, turn)                                 # [b f n d]
         if text is not None:
             x = x + self.cross(x, text, bias)                                         # [b f n d]
-        return torch.addcmul(x, gate2, self.mlp(modulate(x, shift2, scale2)))         # [b f n d]
+        return self.mlp(x, shift2, scale2, gate2)                                     # [b f n d]
 
 
 class Latte(nn.Module):
@@ -181,7 +190,7 @@ class Latte(nn.Module):
         Raises ValueError for shapes that do not fit, and for a condition that this model does not take.
         """
         cfg, p, dtype = self.cfg, self.cfg.patch_size, self.out.weight.dtype
-        if torch.is_autocast_enabled(x.device.type):
+        if autocast_dtype(x.device.type):
             dtype = torch.float32  # of the residual stream, also where the weights are bf16
         _check(cfg, x, t, text, text_mask, labels, image_frames, frame_times)
         video = x.shape[1] - image_frames

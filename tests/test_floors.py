@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # From the ground up. A module imports from floors below its own, and from its own package. A new module needs a place here.
 FLOORS = [
     {"latte.config", "latte.video", "latte.keyed"},
-    {"latte.attention", "latte.diffusion", "latte.optim", "latte.metrics", "latte.world", "latte.guard"},
+    {"latte.attention", "latte.ops", "latte.diffusion", "latte.optim", "latte.metrics", "latte.world", "latte.guard"},
     {"latte.model", "latte.sampler"},
     {"latte.codec", "latte.text", "latte.checkpoint", "latte.parallel", "latte.precision", "latte.lean", "latte.hardware",
      "latte.runlog"},

@@ -13,6 +13,7 @@ from latte.attention import attention, rope, rotate
 from latte.config import MemoryConfig, ModelConfig
 from latte.memory import apply
 from latte.model import Block, CrossAttention, Latte, flops
+from latte.ops import modulate
 from latte.published import names
 
 GOLDEN = Path(__file__).parent / "golden/latte_t2v.npz"
@@ -325,7 +326,8 @@ def test_300_frames_run():
 def test_queries_and_keys_are_normalised_before_they_are_turned():
     attn = small(qk_norm=True, temporal_positions="rope").temporal[0].attn
     x, turn = random(2, 5, 3, 24), tuple(y[None, :, None, None] for y in rope(torch.arange(5), 8))
-    q, k, v = attn.qkv(x).view(2, 5, 3, 3, 3, 8).unbind(3)  # each [b f n heads k]
+    shift, scale, gate = (random(2, 1, 1, 24) for _ in range(3))
+    q, k, v = attn.qkv(modulate(x, shift, scale)).view(2, 5, 3, 3, 3, 8).unbind(3)  # each [b f n heads k]
 
     def norm(y, weight):
         return weight * y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt()
@@ -333,7 +335,7 @@ def test_queries_and_keys_are_normalised_before_they_are_turned():
     q, k = rotate(norm(q, attn.norm.q), *turn), rotate(norm(k, attn.norm.k), *turn)
     y = attention(*(z.permute(0, 2, 3, 1, 4).flatten(0, 1) for z in (q, k, v)))  # [(b n) heads f k]
     y = attn.out(y.view(2, 3, 3, 5, 8).permute(0, 3, 1, 2, 4).flatten(3))
-    assert_same(attn(x, turn), y, atol=1e-6)
+    assert_same(attn(x, shift, scale, gate, turn), x + gate * y, atol=1e-6)
 
 
 @torch.no_grad()
