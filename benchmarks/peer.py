@@ -6,6 +6,7 @@ say so. It is called without a mask: its own only takes an undocumented bias for
 
 import itertools
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -102,6 +103,14 @@ def allocated_peak(run: Callable[[], object]) -> int:
     events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(itertools.accumulate(event.nbytes() for event in events), default=0)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": round(statistics.median(values), 4), "lowest": round(min(values), 4), "highest": round(max(values), 4)}
+
+
+def told(value: dict[str, float]) -> str:
+    return f"{value['median']} ({value['lowest']} to {value['highest']})"
 
 
 def facts() -> dict:

@@ -20,7 +20,6 @@ that of latte.hardware.peak_flops. Weights are bf16 with --dtype bf16, and float
 import argparse
 import gc
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -143,10 +142,6 @@ def memory_in_a_child(name: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": done.stderr.strip().splitlines()[-1:]}
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": round(statistics.median(values), 4), "lowest": round(min(values), 4), "highest": round(max(values), 4)}
-
-
 def compare(args: argparse.Namespace) -> tuple[dict, list[str]]:
     """Everything measured, and what there is to say beside the numbers."""
     cfg, given = settings(args)
@@ -188,12 +183,12 @@ def compare(args: argparse.Namespace) -> tuple[dict, list[str]]:
     clock = "gpu" if on_gpu else "wall"
     for name in arms:
         for kind in taken[name][0]:
-            found[name][f"{kind}_s"] = spread([one[kind] for one in taken[name]])
+            found[name][f"{kind}_s"] = peer.spread([one[kind] for one in taken[name]])
         median = found[name][f"{clock}_s"]["median"]
         found[name] |= {"tflop_per_s": round(work / median / 1e12, 3), "share_of_peak": round(work / median / peak, 4),
                         "tokens_per_s": round(tokens / median, 1)}
     if len(arms) == 2:
-        found["ratio peer : ours"] = {kind: spread([theirs[kind] / ours[kind] for theirs, ours in zip(
+        found["ratio peer : ours"] = {kind: peer.spread([theirs[kind] / ours[kind] for theirs, ours in zip(
             taken["peer"], taken["ours"], strict=True)]) for kind in taken["ours"][0]}
     return {"tflop": work / 1e12, "tokens": tokens, "peak_tflop_per_s": round(peak / 1e12, 2), **found}, notes
 
@@ -204,11 +199,10 @@ def summary(result: dict, args: argparse.Namespace) -> str:
     rows = []
     for key in dict.fromkeys(key for name in names for key in result[name]):
         values = [result[name].get(key, "") for name in names]
-        rows.append([key, *(f"{v['median']} ({v['lowest']} to {v['highest']})" if isinstance(v, dict) else v for v in values), ""])
+        rows.append([key, *(peer.told(v) if isinstance(v, dict) else v for v in values), ""])
         kind = key.removesuffix("_s")
         if kind in result.get("ratio peer : ours", {}):
-            ratio = result["ratio peer : ours"][kind]
-            rows[-1][-1] = f"{ratio['median']} ({ratio['lowest']} to {ratio['highest']})"
+            rows[-1][-1] = peer.told(result["ratio peer : ours"][kind])
         elif len(names) == 2 and "over_start" in key and all(isinstance(v, float) and v for v in values):
             rows[-1][-1] = round(values[0] / values[1], 3)
     title = f"{args.preset}, {args.frames} frames, {args.size} pixels, {args.mode}, {args.dtype}"
