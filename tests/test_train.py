@@ -1,6 +1,7 @@
 """The training program: resume, accumulation, processes, workers, interruption, trackers and errors, on the tiny run."""
 
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -486,6 +487,21 @@ def test_an_update_that_is_not_finite_is_skipped_with_all_that_saves_memory(tmp_
     [event] = events(tmp_path, "non-finite")
     assert event["step"] == 3
     assert [row["skipped"] for row in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())] == [0, 0, 1, 0, 0, 0]
+
+
+def test_in_the_backward_pass_one_gradient_that_is_not_finite_is_reported(tmp_path, monkeypatch):
+    real, counted = train.InBackward, itertools.count()
+
+    def poisoned(model, optimizer):
+        model.out.weight.register_hook(lambda grad: grad * (torch.nan if next(counted) == 2 else 1))
+        return real(model, optimizer)
+
+    monkeypatch.setattr(train, "InBackward", poisoned)
+    assert run(tmp_path, *AT_ONCE) == 0
+    [event] = events(tmp_path, "non-finite")
+    assert event["step"] == 3 and "skipped for weights whose gradient is not finite" in event["text"]
+    steps = {key: value.item() for key, value in weights(tmp_path, "optimizer").items() if key.endswith("/step")}
+    assert {key for key, value in steps.items() if value == 5} == {"out.weight/step"} and set(steps.values()) == {5, 6}
 
 
 def test_too_many_skipped_updates_in_a_row_stop_the_run_and_keep_the_checkpoint(tmp_path, monkeypatch):
