@@ -48,7 +48,8 @@ class Step:
     def ratios(self) -> dict[str, float]:
         """Norm of the change over norm of the weights, for each kind of layer."""
         now = [p.detach() for p in self.parameters.values()]
-        change = torch.stack(torch._foreach_norm(torch._foreach_sub(now, self.before), dtype=torch.float32))
+        change = torch.stack([torch._foreach_norm([new - old], dtype=torch.float32)[0]  # one by one: all would be another copy
+                              for new, old in zip(now, self.before, strict=True)])
         return ratios(self.parameters, change, torch.stack(torch._foreach_norm(now, dtype=torch.float32)))
 
 

@@ -74,7 +74,11 @@ class _Planner:
         return hardware.speed(self.device, self.dtype, self.card)
 
     def cost(self, number: int, levers: MemoryConfig) -> trace.Cost:
+        """Of the clip shape `number`."""
         _, _, clips, latents, count = self.passes[number]
+        if self.gpu and levers.ema == "host":
+            there, average = self.cost(number, replace(levers, ema="device")), 4 * sum(p.numel() for p in self.trained)
+            return replace(there, peak=there.peak - average, held=there.held - average)
         images = self.cfg.shapes()[number][1].image_frames
         case = (latents, images, clips, count, told(levers))
         if case not in self.costs:

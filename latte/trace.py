@@ -94,36 +94,53 @@ def update(cfg: Config, latents: tuple[int, int, int, int], images: int, clips: 
     many passes; with what its report needs. On a GPU, host memory does not count.
 
     Traced with two and with three layer pairs at most. With each further pair every phase of the update grows by what it grew from
-    two to three: the forward pass, the backward pass of the last, of an inner and of the first pair, and the optimizer's step.
+    two to three: the forward pass, the backward pass of the last, of an inner and of the first pair, and the optimizer's step. In
+    the same way a clip of many tiles is drawn out from one of two and one of four.
     The trace follows the rules of a CPU: attention keeps its output and the logarithms of its sums, as fused kernels of a GPU do.
     """
-    layers, traced = cfg.model.layers, min(passes, 2)  # a third pass is like the second
-    found = [_traced(replace(cfg, model=replace(cfg.model, layers=number)), latents, images, clips, traced, gpu)
-             for number in ([layers] if layers <= 3 else [2, 3])]
-    (most, held, work), before = found[-1], found[0]
-    if layers > 3:
-        grown = {phase: most[phase] - before[0][phase] for phase in before[0]}
-        if "inner pair" in most:
-            grown["inner pair"] = max(grown["first pair"], grown["last pair"])  # it may be the neighbour of either
-        most = {phase: size + (layers - 3) * grown[phase] for phase, size in most.items()}
-        held += (layers - 3) * (held - before[1])
-        work = {kind: count + (layers - 3) * (count - before[2][kind]) for kind, count in work.items()}
-    work = {kind: work.get(kind, 0) * passes / traced for kind in ("flops", "moved", "sent")}
-    return Cost(peak=max(most.values()), held=held, **work)
+    (f, c, h, w), pairs, traced = latents, cfg.model.layers, min(passes, 2)  # a third pass is like the second
+    tile = max(1, cfg.memory.tile_tokens // (h * w // cfg.model.patch_size**2))  # frames
+
+    def at(layers: int, frames: int) -> dict[str, float]:
+        part = replace(cfg, model=replace(cfg.model, layers=layers))
+        return _traced(part, (frames, c, h, w), images, clips, traced, gpu)
+
+    def drawn_out(layers: int) -> dict[str, float]:
+        if not cfg.memory.tile_tokens or f <= 4 * tile or images:
+            return at(layers, f)
+        return _line(at(layers, 2 * tile), at(layers, 4 * tile), f / (2 * tile) - 2)
+
+    if pairs <= 3:
+        found = drawn_out(pairs)
+    else:
+        two, three = drawn_out(2), drawn_out(3)
+        found = _line(two, three, pairs - 3)
+        grown = max(three[phase] - two[phase] for phase in ("first pair", "last pair"))
+        found["inner pair"] = three["inner pair"] + (pairs - 3) * grown  # it may be the neighbour of either
+    held, work = found.pop("held"), {kind: found.pop(kind) * passes / traced for kind in ("flops", "moved", "sent")}
+    return Cost(peak=int(max(found.values())), held=int(held), **work)
 
 
-def _traced(cfg: Config, latents: tuple[int, int, int, int], images: int, clips: int, passes: int, gpu: bool
-            ) -> tuple[dict[str, int], int, Counter[str]]:
-    """Most bytes in each phase of an update, bytes before it, and its work without that of the optimizer."""
+def _line(a: dict[str, float], b: dict[str, float], steps: float) -> dict[str, float]:
+    """b, and so many times what it has more than a."""
+    return {key: value + steps * (value - a.get(key, value)) for key, value in b.items()}
+
+
+def _traced(cfg: Config, latents: tuple[int, int, int, int], images: int, clips: int, passes: int, gpu: bool) -> dict[str, float]:
+    """Most bytes in each phase of an update, bytes `held` before it, and its work without that of the optimizer."""
     _forget()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), Tracker() as tracker:
             run = rehearsal(cfg, latents, images, clips, passes, tracker, tracker.elsewhere if gpu else contextlib.nullcontext)
-            held, _ = tracker.now, (tracker.most.clear(), tracker.work.clear())
+            held = tracker.now
+            if 0 < cfg.memory.activations < 1:
+                run()  # the first update finds out what to keep
+            tracker.most.clear()
+            tracker.work.clear()
             run()
     finally:
         _forget()
-    return tracker.most, held, tracker.work
+    return {**tracker.most, "held": held, **{kind: tracker.work[kind] for kind in ("flops", "moved", "sent")}}
 
 
 def _forget() -> None:
@@ -189,7 +206,8 @@ def rehearsal(cfg: Config, latents: tuple[int, int, int, int], images: int, clip
             optimizer.zero_grad(set_to_none=True)
         ema.update(model, 0, torch.ones(()))
         if not early:
-            torch._foreach_sub([p.detach() for p in trained.values()], move.before)  # as its ratios() does
+            for p, before in zip(trained.values(), move.before, strict=True):  # as its ratios() does
+                p.detach() - before
 
     def run() -> None:
         if fixed:
