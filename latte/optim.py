@@ -73,7 +73,7 @@ class EightBits:
         return values.flatten()[:codes.numel()].view_as(codes)
 
     def encode(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """float32 of any shape, not below 0 if unsigned, to codes and scales."""
+        """float32 of any shape, finite, and if unsigned not below 0, to codes and scales."""
         blocks = _blocks(x.abs().flatten())
         scales = blocks.amax(1)
         y = blocks.div_(scales.clamp(min=1e-30)[:, None]).flatten()[:x.numel()]
@@ -134,7 +134,9 @@ class AdamW(torch.optim.AdamW):
               eps=group["eps"], maximize=False)
         for i, (p, state) in enumerate(zip(parameters, states, strict=True)):
             for number, slot in enumerate(MOMENTS):
-                self._pack(state, slot, moments[slot].pop(0), self._generator(p, number), found_inf)
+                value = moments[slot].pop(0)
+                if value is not state[slot]:
+                    self._pack(state, slot, value, self._generator(p, number), found_inf)
             if p.dtype != torch.float32:
                 p.copy_(rounded(weights[i], self._generator(p, len(MOMENTS))))
             weights[i] = None
@@ -166,8 +168,6 @@ class AdamW(torch.optim.AdamW):
 
         Of the second moment 8 bits hold the root, whose range is half as wide and which the update divides by.
         """
-        if value is state[slot]:
-            return
         if state[slot].dtype == torch.bfloat16:
             state[slot].copy_(rounded(value, generator))  # a bf16 number that did not change is not rounded
             return
