@@ -273,7 +273,7 @@ class OptimConfig:
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    mixed_precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast; weights stay float32
+    mixed_precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of autocast; the weights stay what memory.weights says
     micro_batches: int = 1  # a batch is split into this many backward passes; the update stays the same
     tf32: bool = True  # on a GPU, what stays in float32 beside autocast is multiplied with 10 bits of mantissa
     fp8: bool = False  # on a GPU that has it, the products of large linears of the blocks, see latte.precision; rounded
