@@ -55,9 +55,10 @@ def latents(cfg: config.Config) -> tuple[int, int, int, int]:
     return shape.frames, cfg.model.in_channels, shape.height // 8, shape.width // 8
 
 
-def predicted(cfg: config.Config, device: str) -> int:
-    """Bytes that the planner foretells."""
-    return trace.update(cfg, latents(cfg), 0, 1, 1, gpu=device != "cpu").peak
+def predicted(cfg: config.Config, device: str) -> tuple[int, int]:
+    """Bytes that the planner foretells: the most at once, and those that go to the host during an update."""
+    cost = trace.update(cfg, latents(cfg), 0, 1, 1, gpu=device != "cpu")
+    return cost.peak, int(cost.sent / 2)
 
 
 def updates(cfg: config.Config, device: str) -> Callable[[], None]:
@@ -119,10 +120,10 @@ def measured(cfg: config.Config, device: str) -> dict:
 def line(cfg: config.Config, device: str) -> dict:
     """One line of the table; `failed` says why there is none."""
     gc.collect()
-    foretold = predicted(cfg, device)
-    room = hardware.available(torch.device(device))
-    if device == "cpu" and foretold > room:  # no error would come: the process would be killed
-        return {"predicted": foretold, "failed": f"{foretold / 2**30:.1f} GiB foretold, {room / 2**30:.1f} free"}
+    foretold, sent = predicted(cfg, device)
+    on_host, room = foretold if device == "cpu" else sent, hardware.available(torch.device("cpu"))
+    if on_host > room:  # no error would come: the process would be killed
+        return {"predicted": foretold, "failed": f"{on_host / 2**30:.1f} GiB foretold in host memory, {room / 2**30:.1f} free"}
     try:
         row = measured(cfg, device)
     except torch.OutOfMemoryError:

@@ -93,7 +93,8 @@ def memory(levers: str) -> MemoryConfig:
     for part in parts:
         if not part.startswith("memory."):
             raise ValueError(f"{part}: a lever looks like memory.key=value")
-    return config.from_dict({"model": {"out_channels": 4}, "optim": {"grad_clip": 0}}, parts).memory
+    others = {"model": {"out_channels": 4}, "optim": {"grad_clip": 0}, "train": {"mixed_precision": "bf16"}}  # as some levers want
+    return config.from_dict(others, parts).memory
 
 
 def allocated_peak(run: Callable[[], object]) -> int:

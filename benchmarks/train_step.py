@@ -1,13 +1,14 @@
 """Time and memory of a step: this model and diffusers' LatteTransformer3DModel with the same weights, taking turns in one process.
 
     python benchmarks/train_step.py [--preset tiny|S|M2|L|XL] [--frames 16] [--size 64] [--batch 1] [--dtype fp32|autocast|bf16]
-        [--mode train|forward] [--checkpointing] [--compile] [--alone] [--cap-gib 16] [--rounds 5] [memory.key=value ...]
+        [--mode train|forward] [--checkpointing] [--compile] [--peer eager-checkpointed] [--cap-gib 16] [--rounds 5]
+        [memory.key=value ...]
 
 forward: one pass without gradients. train: forward, backward, AdamW and the average of the weights, in both models by this
-project's optimizer. --checkpointing recomputes every block of both; memory.key=value is for this model alone. --compile compiles
-the blocks of both. The order is reversed from round to round. Told are medians, and the median and range of the rounds' ratios
-reference : ours, in wall-clock and, on a CPU, in process time; on a GPU, CUDA events time each step. --alone leaves the reference
-out, as do machines without diffusers.
+project's optimizer. --checkpointing recomputes every block of both, --compile compiles the blocks of both, unless --peer says
+otherwise for the reference; none leaves it out, as do machines without diffusers. memory.key=value is for this model alone. The
+order is reversed from round to round. Told are medians, and the median and range of the rounds' ratios reference : ours, in
+wall-clock and, on a CPU, in process time; on a GPU, CUDA events time each step.
 
 Memory on a CPU is measured in a process of each model's own, where Linux tells the most resident memory since a moment: what a
 step takes beyond inputs, weights, moments and average; then the same by the allocations that torch's profiler saw. On a GPU it
@@ -43,9 +44,14 @@ class Arm:
     """One model that makes one step after another."""
 
     def __init__(self, model: nn.Module, args: argparse.Namespace, given: tuple[Tensor, Tensor, Tensor]):
-        levers = peer.memory(",".join(args.overrides)) if isinstance(model, Latte) else MemoryConfig()
+        mine = isinstance(model, Latte)
+        levers = peer.memory(",".join(args.overrides)) if mine else MemoryConfig()
         if args.dtype == "bf16":
             levers = replace(levers, weights="bf16")
+        same = mine or args.peer == "same"
+        compiled = args.compile if same else "compiled" in args.peer
+        if args.checkpointing if same else "checkpointed" in args.peer:
+            levers = replace(levers, activations=0.0)
         self.model, self.given, self.args, self.number = model, given, args, 0
         if args.mode == "train":
             self.optimizer = make_optimizer(model, OptimConfig(), levers)
@@ -54,17 +60,14 @@ class Arm:
         elif levers.weights == "bf16":
             model.to(torch.bfloat16)
         compiler.activation_memory_budget = 1.0  # what one model's compilation sets must not bind the other's
-        if args.compile and args.mode == "train" and isinstance(model, Latte):
-            levers = parallel.compile_blocks(model, replace(levers, activations=0.0) if args.checkpointing else levers)
-        else:
-            if args.checkpointing:
-                levers = replace(levers, activations=0.0)
-            if args.compile:
-                for block in peer.blocks(model):
-                    block.compile()
-        if isinstance(model, Latte):
+        if compiled and mine and args.mode == "train":
+            levers = parallel.compile_blocks(model, levers)
+        elif compiled:
+            for block in peer.blocks(model):
+                block.compile()
+        if mine:
             memory.apply(model, levers)
-        elif args.checkpointing:
+        elif levers.activations == 0:
             model.enable_gradient_checkpointing()
 
     def __call__(self) -> None:
@@ -87,8 +90,12 @@ class Arm:
         self.number += 1
 
     def timed(self) -> dict[str, float]:
-        """Seconds of one step by the clock, of the process and, on a GPU, between two events on it."""
+        """Seconds of one step by the clock, of the process and, on a GPU, between two events on it, where a step before it gives
+        the allocator back what the other model made it take."""
         on_gpu = self.given[0].is_cuda
+        if on_gpu:
+            self()
+            torch.cuda.synchronize()
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
         wall, process = time.perf_counter(), time.process_time()
         if on_gpu:
@@ -146,7 +153,7 @@ def compare(args: argparse.Namespace) -> tuple[dict, list[str]]:
     """Everything measured, and what there is to say beside the numbers."""
     cfg, given = settings(args)
     on_gpu, notes, arms, found = given[0].is_cuda, [], {}, {}
-    for name in ("ours",) if args.alone else ("ours", "peer"):
+    for name in ("ours",) if args.peer == "none" else ("ours", "peer"):
         gc.collect()
         before = 0
         if on_gpu:
@@ -160,9 +167,11 @@ def compare(args: argparse.Namespace) -> tuple[dict, list[str]]:
                 notes.append("diffusers is not installed: this model alone")
                 continue
             started = time.perf_counter()
-            arm.timed()
+            arm()
+            if on_gpu:
+                torch.cuda.synchronize()
             found[name] = {"first_step_s": round(time.perf_counter() - started, 2)}
-            arm.timed()
+            arm()
             arms[name] = arm
         except torch.OutOfMemoryError as error:
             notes.append(f"{name}: out of memory ({str(error).splitlines()[0][:160]})")
@@ -218,8 +227,9 @@ def main() -> int:
     parser.add_argument("--mode", choices=["train", "forward"], default="train")
     parser.add_argument("--dtype", choices=["fp32", "autocast", "bf16"], default="fp32")
     parser.add_argument("--checkpointing", action="store_true", help="recompute every block in the backward pass")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--alone", action="store_true", help="without the reference")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--peer", default="same", help="how the reference runs, if at all and not as this model does",
+                        choices=["same", "none", "eager", "compiled", "eager-checkpointed", "compiled-checkpointed"])
     parser.add_argument("--cap-gib", type=float, default=0.0, help="on a GPU, let this process have no more than so much; 0 = all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
