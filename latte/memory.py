@@ -235,7 +235,7 @@ class _Away:
 
     def __init__(self, x: Tensor, number: int, stream: "torch.cuda.Stream | None"):
         self.device, self.number, self.stream, self.x = x.device, number, stream, None
-        self.host = torch.empty(x.shape, dtype=x.dtype, pin_memory=stream is not None)
+        self.host = torch.empty_like(x, device="cpu", pin_memory=stream is not None)  # in x's layout: compiled code counts on it
         if stream is None:
             self.host.copy_(x)
             return
