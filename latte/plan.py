@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from latte import checkpoint, config, hardware, lora, optim, parallel, trace
+from latte import checkpoint, config, hardware, optim, parallel, trace
 from latte.codec import VideoCodec
 from latte.config import MemoryConfig
 from latte.data import open_clips, table
-from latte.model import Latte, flops
+from latte.model import flops
 from latte.text import weight_bytes
 
 SURE = 0.95  # share of the memory that the planner fills by its own choice: allocators lose some to fragments
@@ -63,7 +63,7 @@ class _Planner:
         self.limit = available(cfg, device, ranks, card)
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.train.mixed_precision, torch.float32)
         self.card = card
-        self.trained = checkpoint.trained(model_of(cfg)).values()
+        self.trained = checkpoint.trained(trace.outline(cfg)).values()
         self.resident = resident(cfg, codec)
         self.passes = passes(cfg, codec, ranks)
         self.costs: dict[tuple, trace.Cost] = {}
@@ -87,17 +87,9 @@ class _Planner:
 
     def peak(self, number: int, levers: MemoryConfig) -> int:
         """Bytes on one device at most, with what is there beside the update."""
-        cost, size = self.cost(number, levers), sum(p.numel() for p in self.trained)
-        more, whole = self.resident, size * (2 if levers.weights == "bf16" else 4)
-        if self.cfg.train.deterministic:  # sums of gradients on the way up the tree; a trace of two units holds the first
-            more += whole * max(0, math.ceil(math.log2(self.passes[number][-1])) - 1)
-            exchange = cost.held + whole + 8 * size  # a sum, sent and received in float32
-        else:
-            exchange = 0
-            more += whole if self.ranks > 1 else 0  # DDP's buckets
-        if not self.gpu:  # the copy that a checkpoint is written from
-            more += cost.held
-        return max(cost.peak, exchange if self.ranks > 1 else 0) + more
+        cost = self.cost(number, levers)
+        # on a CPU, besides, the copy that a checkpoint is written from
+        return with_sums(self.cfg, cost, self.passes[number][-1], self.ranks) + self.resident + (0 if self.gpu else cost.held)
 
     def seconds(self, number: int, levers: MemoryConfig) -> float:
         """Of an update: its work at the device's speed, which one timed layer pair corrects where the device is at hand. What goes
@@ -265,6 +257,17 @@ def _decide(cfg: config.Config, codec: VideoCodec, device: torch.device, ranks: 
     return found.memory, text
 
 
+def with_sums(cfg: config.Config, cost: trace.Cost, count: int, ranks: int) -> int:
+    """Peak bytes of an update of `count` passes on each of so many processes, with what adding up their gradients takes."""
+    size = sum(p.numel() for p in checkpoint.trained(trace.outline(cfg)).values())
+    gradients = size * (2 if cfg.memory.weights == "bf16" else 4)
+    if not cfg.train.deterministic:
+        return cost.peak + (gradients if ranks > 1 else 0)  # DDP's buckets
+    sums = gradients * max(0, math.ceil(math.log2(count)) - 1)  # on the way up the tree; a trace of two units holds the first
+    exchanged = cost.held + gradients + 8 * size if ranks > 1 else 0  # a sum, sent and received in float32
+    return max(cost.peak + sums, exchanged)
+
+
 def told(levers: MemoryConfig) -> str:
     """The levers that are in use, as text."""
     plain = MemoryConfig()
@@ -294,15 +297,6 @@ def resident(cfg: config.Config, codec: VideoCodec) -> int:
     return vae + (weight_bytes(cfg.text) if cfg.model.conditioning == "text" else 0)
 
 
-def model_of(cfg: config.Config) -> Latte:
-    """The model without its weights."""
-    with torch.device("meta"):
-        model = Latte(cfg.model)
-        if cfg.init.lora_rank:
-            lora.add(model, cfg.init)
-    return model
-
-
 def passes(cfg: config.Config, codec: VideoCodec, ranks: int) -> list[tuple[str, int, int, tuple[int, int, int, int], int]]:
     """Of each clip shape its key, tokens a clip, clips in one pass of one process, latents [f c h w] of a clip, and passes of an
     update."""
@@ -321,7 +315,7 @@ def describe(cfg: config.Config, card: str = "") -> str:
     or on a card by name. Raises ValueError for a card that is not known."""
     device = Accelerator().device
     clips = open_clips(cfg.data, cfg.seed, cfg.stages)
-    model = model_of(cfg)
+    model = trace.outline(cfg)
     with torch.device("meta"):
         codec = VideoCodec.told(cfg.codec, clips) if cfg.data.source == "cache" else VideoCodec(cfg.codec, weights=False)
     size, trained = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in checkpoint.trained(model).values())
@@ -371,7 +365,7 @@ def _table(found: Plan, planner: _Planner, where: str) -> list[str]:
 def check_room(cfg: config.Config, codec: VideoCodec, device: torch.device, ranks: int) -> str:
     """What the run takes of memory and disk beside what there is. Raises ValueError when it cannot fit (train.refuse_misfit)."""
     size, trained = (sum(p.numel() for p in group) for group in (
-        model_of(cfg).parameters(), checkpoint.trained(model_of(cfg)).values()))
+        trace.outline(cfg).parameters(), checkpoint.trained(trace.outline(cfg)).values()))
     # An upper bound first, of float32 without levers: most runs fit by far, and tracing takes seconds.
     planner = _Planner(cfg, codec, device, ranks, "")
     sums = math.log2(max(count for *_, count in planner.passes)) + 3 if cfg.train.deterministic else 1

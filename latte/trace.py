@@ -129,9 +129,14 @@ def _line(a: dict[str, float], b: dict[str, float], steps: float) -> dict[str, f
 def _traced(cfg: Config, latents: tuple[int, int, int, int], images: int, clips: int, passes: int, gpu: bool) -> dict[str, float]:
     """Most bytes in each phase of an update, bytes `held` before it, and its work without that of the optimizer."""
     _forget()
+    model = outline(cfg)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), Tracker() as tracker:
-            run = rehearsal(cfg, latents, images, clips, passes, tracker, tracker.elsewhere if gpu else contextlib.nullcontext)
+            for module in model.modules():
+                for name, p in module.named_parameters(recurse=False):
+                    setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad))
+            on_host = tracker.elsewhere if gpu else contextlib.nullcontext
+            run = rehearsal(model, cfg, latents, images, clips, passes, tracker, on_host)
             held = tracker.now
             if 0 < cfg.memory.activations < 1:
                 run()  # the first update finds out what to keep
@@ -150,13 +155,19 @@ def _forget() -> None:
             table.cache_clear()
 
 
-def rehearsal(cfg: Config, latents: tuple[int, int, int, int], images: int, clips: int, passes: int, tracker: Tracker,
-              on_host: Callable[[], contextlib.AbstractContextManager]) -> Callable[[], None]:
-    """An update as train.py makes it, of a fresh model on zeros. What is made inside of on_host() belongs to the host."""
+def outline(cfg: Config) -> Latte:
+    """The model that a run trains, of meta tensors."""
     attention = "math" if cfg.model.attention == "math" else "sdpa"  # all fused ones keep the same
-    model = Latte(replace(cfg.model, attention=attention))
-    if cfg.init.lora_rank:
-        lora.add(model, cfg.init)
+    with torch.device("meta"):
+        model = Latte(replace(cfg.model, attention=attention))
+        if cfg.init.lora_rank:
+            lora.add(model, cfg.init)
+    return model
+
+
+def rehearsal(model: Latte, cfg: Config, latents: tuple[int, int, int, int], images: int, clips: int, passes: int,
+              tracker: Tracker, on_host: Callable[[], contextlib.AbstractContextManager]) -> Callable[[], None]:
+    """An update as train.py makes it, on zeros. What is made inside of on_host() belongs to the host."""
     optimizer = optim.make_optimizer(model, cfg.optim, cfg.memory, cfg.seed)
     with on_host() if cfg.memory.ema == "host" else contextlib.nullcontext():
         ema = optim.EMA(model, cfg.optim.ema_decay, cfg.memory.ema)
