@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from latte import keyed
@@ -96,7 +97,8 @@ class AdamW(torch.optim.AdamW):
     """torch's fused AdamW, whose moments may be stored in bf16 or 8 bits and whose weights may be bf16; it computes in float32.
 
     With states = fp32 and float32 weights it is the fused kernel and nothing else. As that does, it changes nothing, moments and
-    count of steps included, where `found_inf`, a scalar on the device, is not 0.
+    count of steps included, where `found_inf`, a scalar on the device, is not 0. Of sharded parameters each process has the
+    moments of its shard, as plain tensors; bf16 ones have to be bf16 before they are sharded.
     """
 
     def __init__(self, groups: list[dict], cfg: OptimConfig, states: str, seed: int):
@@ -126,19 +128,20 @@ class AdamW(torch.optim.AdamW):
             if not self.state[p]:
                 self.state[p].update(self._fresh(p))
         states = [self.state[p] for p in parameters]
-        weights = [p.detach().float() for p in parameters]  # p itself where it is float32
+        weights = [_local(p).float() for p in parameters]  # p itself where it is float32
         moments = {slot: [self._unpacked(state, slot) for state in states] for slot in MOMENTS}
         beta1, beta2 = group["betas"]
-        adamw(weights, [p.grad.float() for p in parameters], *moments.values(), [], [state["step"] for state in states], fused=True,
-              found_inf=found_inf, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
-              eps=group["eps"], maximize=False)
+        gradients, steps = [_local(p.grad).float() for p in parameters], [state["step"] for state in states]
+        adamw(weights, gradients, *moments.values(), [], steps, fused=True, found_inf=found_inf, amsgrad=False, maximize=False,
+              beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"])
+        del gradients
         for i, (p, state) in enumerate(zip(parameters, states, strict=True)):
             for number, slot in enumerate(MOMENTS):
                 value = moments[slot].pop(0)
                 if value is not state[slot]:
                     self._pack(state, slot, value, self._generator(p, number), found_inf)
             if p.dtype != torch.float32:
-                p.copy_(rounded(weights[i], self._generator(p, len(MOMENTS))))
+                _local(p).copy_(rounded(weights[i], self._generator(p, len(MOMENTS))))
             weights[i] = None
 
     @torch.no_grad()
@@ -184,9 +187,10 @@ class AdamW(torch.optim.AdamW):
         """The state of a parameter before its first update."""
         state = {"step": torch.zeros((), device=p.device)}
         for slot in MOMENTS:
-            state[slot] = torch.zeros_like(p, dtype=_stored(p, self.states), memory_format=torch.contiguous_format)
+            own = _local(p)
+            state[slot] = torch.zeros_like(own, dtype=_stored(own, self.states), memory_format=torch.contiguous_format)
             if state[slot].dtype == torch.uint8:
-                state[f"{slot}_scale"] = torch.zeros(-(-p.numel() // BLOCK), device=p.device)
+                state[f"{slot}_scale"] = torch.zeros(-(-own.numel() // BLOCK), device=p.device)
         return state
 
     def _generator(self, p: Tensor, number: int) -> torch.Generator:
@@ -230,6 +234,12 @@ class InBackward:
         p.grad = None
         if before is not None:
             self.moved[name] = torch.stack(torch._foreach_norm([p.detach() - before, p.detach()], dtype=torch.float32))
+
+
+def _local(p: Tensor) -> Tensor:
+    """What this process holds of a parameter or its gradient: its shard, in the same memory, or the tensor itself."""
+    p = p.detach()
+    return p.to_local() if isinstance(p, DTensor) else p
 
 
 def _stored(p: Tensor, states: str) -> torch.dtype:

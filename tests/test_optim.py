@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.fsdp import fully_shard
 
 from latte import checkpoint, config
 from latte.config import MemoryConfig, OptimConfig
@@ -332,6 +333,37 @@ def test_the_average_is_the_same_on_the_host(weights):
     assert same(there.weights.values(), here.weights.values())
     assert all(value.dtype == torch.float32 for value in here.weights.values())
     assert not same(there.weights.values(), [p.float() for p in model.parameters()])
+
+
+def test_each_process_keeps_the_moments_of_its_shard(tmp_path):
+    torch.multiprocessing.spawn(_sharded, (str(tmp_path),), nprocs=2)
+    wanted = network()
+    trained(wanted, MemoryConfig())
+    start = dict(network().named_parameters())
+    for kind, name in zip(KINDS, IDS, strict=True):
+        found, moments = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        assert moments == 2 * (300 * 30 // 2) * {"fp32": 4, "bf16": 2, "int8": 1}[kind["optimizer_states"]]
+        for key, p in wanted.named_parameters():
+            error = (found[key].float() - p).norm() / (p - start[key]).norm()
+            assert error < {"fp32": 0.03 if kind["optimizer_states"] == "int8" else 1e-2, "bf16": 0.2}[kind["weights"]], (name, key)
+            assert error < 1e-4 or name != "fp32-fp32"
+
+
+def _sharded(rank: int, folder: str) -> None:
+    """The lesson on two processes, each with half of every parameter (fully_shard)."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    for kind, name in zip(KINDS, IDS, strict=True):
+        model = network()
+        if kind["weights"] == "bf16":
+            model.bfloat16()
+        fully_shard(model, mesh=mesh)
+        optimizer = trained(model, MemoryConfig(**kind))
+        whole = {key: p.full_tensor() for key, p in model.named_parameters()}
+        own = optimizer.state[model[0].weight]
+        if rank == 0:
+            torch.save((whole, own["exp_avg"].nbytes + own["exp_avg_sq"].nbytes), f"{folder}/{name}.pt")
+    torch.distributed.destroy_process_group()
 
 
 @needs_gpu
