@@ -28,7 +28,7 @@ result() {  # result NAME COMMAND...: runs it with --out $OUT/NAME.json, unless 
 
 step() {  # step NAME ARGS...: time and memory of a training step
   local name=$1; shift
-  [ -n "${TINY:-}" ] && set -- "$@" --preset tiny --frames 8 --size 64 --batch 1 --rounds 1 --no-compile
+  [ -n "${TINY:-}" ] && set -- "$@" --preset tiny --frames 8 --size 64 --batch 1 --rounds 1 --no-compile --peer same
   result "$name" "$PYTHON" benchmarks/train_step.py "$@"
 }
 
