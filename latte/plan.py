@@ -47,7 +47,7 @@ class Plan:
     limit: int  # bytes that there are
     rows: list[Row]
     why: str
-    tried: list[tuple[MemoryConfig, int, float]] = field(default_factory=list)  # with peak and mean seconds of an update
+    tried: list[tuple[MemoryConfig, int, float]] = field(default_factory=list)  # with peak and seconds of the largest clip shape
 
     @property
     def worst(self) -> Row:
@@ -66,6 +66,7 @@ class _Planner:
         self.trained = checkpoint.trained(trace.outline(cfg)).values()
         self.resident = resident(cfg, codec)
         self.passes = passes(cfg, codec, ranks)
+        self.largest = max(range(len(self.passes)), key=lambda i: self.passes[i][1] * self.passes[i][2])
         self.costs: dict[tuple, trace.Cost] = {}
         self.factors: dict[str, float] = {}
 
@@ -89,7 +90,8 @@ class _Planner:
         """Bytes on one device at most, with what is there beside the update."""
         cost = self.cost(number, levers)
         # on a CPU, besides, the copy that a checkpoint is written from
-        return with_sums(self.cfg, cost, self.passes[number][-1], self.ranks) + self.resident + (0 if self.gpu else cost.held)
+        there = with_sums(replace(self.cfg, memory=levers), cost, self.passes[number][-1], self.ranks)
+        return there + self.resident + (0 if self.gpu else cost.held)
 
     def seconds(self, number: int, levers: MemoryConfig) -> float:
         """Of an update: its work at the device's speed, which one timed layer pair corrects where the device is at hand. What goes
@@ -123,15 +125,12 @@ class _Planner:
             for i, (key, tokens, clips, latents, _) in enumerate(self.passes)]
 
     def fits(self, levers: MemoryConfig) -> bool:
-        largest_first = sorted(range(len(self.passes)), key=lambda i: -self.passes[i][1] * self.passes[i][2])
-        return all(self.peak(i, levers) <= SURE * self.limit for i in largest_first)
+        others = (i for i in range(len(self.passes)) if i != self.largest)
+        return all(self.peak(i, levers) <= SURE * self.limit for i in (self.largest, *others))
 
     def mean_seconds(self, levers: MemoryConfig) -> float:
         shares = [stage.steps * share / self.cfg.total_steps for stage in self.cfg.stages for share in stage.shares]
         return sum(share * self.seconds(i, levers) for i, share in enumerate(shares))
-
-    def most(self, levers: MemoryConfig) -> int:
-        return max(self.peak(i, levers) for i in range(len(self.passes)))
 
     def combinations(self) -> Iterator[MemoryConfig]:
         """Levers beside the ladder, that round nothing and are allowed: on the host, and updates in the backward pass."""
@@ -180,10 +179,8 @@ def _plan(planner: _Planner) -> Plan:
     tried: dict[str, tuple[MemoryConfig, int, float]] = {}
 
     def fits(levers: MemoryConfig) -> bool:
-        fitting = planner.fits(levers)
-        tried[told(levers)] = (levers, planner.most(levers) if fitting else planner.peak(_largest(planner), levers),
-                               planner.mean_seconds(levers))
-        return fitting
+        tried[told(levers)] = (levers, planner.peak(planner.largest, levers), planner.seconds(planner.largest, levers))
+        return planner.fits(levers)
 
     if not fits(base):
         found = []
@@ -200,14 +197,10 @@ def _plan(planner: _Planner) -> Plan:
             more = seconds / planner.mean_seconds(base) - 1
             why = f"the fastest of the {len(tried)} sets of levers tried that fits, {more:+.0%} time by the plan"
         else:
-            chosen = min((levers for levers, _, _ in tried.values()), key=planner.most)
+            chosen, _, _ = min(tried.values(), key=lambda case: case[1:])
             why = "nothing that rounds nothing fits; " + "; ".join(_lossy(planner, chosen))
     chosen = replace(chosen, auto=False)
     return Plan(chosen, planner.limit, planner.rows(chosen), why, list(tried.values()))
-
-
-def _largest(planner: _Planner) -> int:
-    return max(range(len(planner.passes)), key=lambda i: planner.passes[i][1] * planner.passes[i][2])
 
 
 def _lossy(planner: _Planner, levers: MemoryConfig) -> Iterator[str]:
@@ -218,7 +211,7 @@ def _lossy(planner: _Planner, levers: MemoryConfig) -> Iterator[str]:
             replace(planner.cfg, memory=more)
         except ValueError:
             continue
-        peak, need = planner.most(more), SURE * planner.limit
+        peak, need = planner.peak(planner.largest, more), SURE * planner.limit
         verdict = "fits" if peak <= need else f"{gib(peak - need)} too much"
         yield f"{', '.join(f'memory.{key}={value}' for key, value in rounding.items())}, which round, {gib(peak)}: {verdict}"
 
