@@ -19,9 +19,9 @@ FRAMES, SIDE = 16, 16
 REACHED = {
     "flops of a forward pass": 0.91,  # 0.97
     "ops of a forward pass": 0.77,  # 0.5; as many as at the published size
-    "bytes of a forward pass": 0.75,  # 0.5
+    "bytes of a forward pass": 0.69,  # 0.5
 }
-SAVED = 22.5  # 12 elements (tokens x width) a block
+SAVED = 12.2  # 12 elements (tokens x width) a block; the ends and the text weigh more in this small clip
 
 
 @pytest.fixture(scope="module")
