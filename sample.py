@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     changed = {name: getattr(args, name) for name in ("steps", "guidance") if getattr(args, name) is not None}
     settings = dataclasses.replace(cfg.sampler, **changed, **({"name": args.sampler} if args.sampler else {}))
     if args.dry_run:
-        peaks = pipeline.plan(cfg, frames, height, width, settings.guidance, dtype)
+        peaks = pipeline.plan(cfg, frames, height, width, settings.guidance, dtype, device)
         print(f"{frames} frames of {height}x{width} in {args.dtype}, most memory in each phase, beside a GPU's libraries:")
         print("\n".join(f"{phase:10s} {size / 1e9:6.2f} GB" for phase, size in peaks.items()))
         return 0

@@ -30,7 +30,7 @@ def by_group(names: Iterable[str], norms: Tensor) -> dict[str, float]:
 
 
 def ratios(names: Iterable[str], change: Tensor, size: Tensor) -> dict[str, float]:
-    """Norm of the change over norm of the weights, for each kind of layer, from both norms [k] of the parameters with these names."""
+    """Norm of the change over norm of the weights, for each kind of layer, from both norms [k] of the parameters `names`."""
     moved, size = by_group(names, change), by_group(names, size)
     return {group: moved[group] / max(size[group], 1e-12) for group in moved}
 

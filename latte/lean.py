@@ -51,13 +51,20 @@ class Clip:
         """x [g r d], self-attention among the r tokens of each of g rows; turn: cosines and sines [r 1 k/2]."""
         block, width = self.block, x.shape[-1:]
         h = F.layer_norm(x, width, self.scale1, self.shift1, EPS)
-        x = _linear.binary(_self(block.attn, h, turn), x, *self.out, "add")
+        x = _add_linear(x, _self(block.attn, h, turn), *self.out)
         if hasattr(self, "k"):
             y = _cross(block.cross, x, self.k, self.v, self.bias)
-            x = _linear.binary(y, x, block.cross.out.weight, block.cross.out.bias, "add")
+            x = _add_linear(x, y, block.cross.out.weight, block.cross.out.bias)
         h = F.layer_norm(x, width, self.scale2, self.shift2, EPS)
         h = _linear(h, block.mlp[0].weight, block.mlp[0].bias, "gelu", [], "tanh")
-        return _linear.binary(h, x, *self.fc2, "add")
+        return _add_linear(x, h, *self.fc2)
+
+
+def _add_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x + linear(y), in one pass."""
+    if type(x) is not Tensor:  # a tensor without values, by which memory is planned: the fused product has no rule for those
+        return torch.addmm(x.flatten(0, 1), y.flatten(0, 1), weight.t()).view_as(x)
+    return _linear.binary(y, x, weight, bias, "add")
 
 
 def _gated(linear: nn.Linear, gate: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,8 +29,9 @@ ATTENTION_COST = 3  # an operation of attention takes about as long as so many o
 def apply(model: Latte, cfg: MemoryConfig) -> "_HostStore | None":
     """Makes a model's blocks work as cfg.activations, offload, tile_tokens and mlp_chunks say. Compile the blocks before this.
 
-    Of the some 43 * width values a token that a layer pair keeps for the backward pass, activations = 0 leaves 2 * width, for a
-    third more arithmetic (Chen et al., arXiv 1604.06174). Returns where offloaded tensors wait.
+    Of the some 23 * width values a token that a layer pair keeps for the backward pass, activations = 0 leaves 2 * width, for a
+    quarter more arithmetic (Chen et al., arXiv 1604.06174; a block's last product need not be repeated, see latte.ops).
+    Returns where offloaded tensors wait.
     """
     store = _HostStore() if cfg.offload else None
     for blocks, axis in ((model.spatial, 1), (model.temporal, 2)):

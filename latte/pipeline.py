@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from latte import checkpoint, config, keyed, lora, published, sampler, trace
+from latte import checkpoint, config, keyed, lora, memory, published, sampler, trace
 from latte.codec import VideoCodec, to_frames
 from latte.config import (
     CodecConfig,
@@ -21,6 +21,7 @@ from latte.config import (
     DataConfig,
     DiffusionConfig,
     InitConfig,
+    MemoryConfig,
     SamplerConfig,
     StageConfig,
     TextConfig,
@@ -169,11 +170,18 @@ def load(path: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
     if dtype != torch.float32:
         name = str(dtype).removeprefix("torch.")
         cfg = config.from_dict(config.to_dict(cfg), ["train.mixed_precision=fp32", f"text.dtype={name}", f"codec.dtype={name}"])
+    memory.apply(model, MemoryConfig(tile_tokens=tile_tokens(cfg, device)))
     text = TextEncoder(cfg.text, device) if cfg.model.conditioning == "text" else None
     return Pipeline(cfg, model.eval().to(dtype), text, VideoCodec(cfg.codec, device), device)
 
 
-def plan(cfg: Config, frames: int, height: int, width: int, guidance: float, dtype: torch.dtype) -> dict[str, int]:
+def tile_tokens(cfg: Config, device: torch.device | str) -> int:
+    """Tokens that blocks work on at a time while sampling, 0 for whole clips: on a CPU, tiles are faster besides."""
+    return cfg.memory.tile_tokens or (memory.CPU_TILE if torch.device(device).type == "cpu" else 0)
+
+
+def plan(cfg: Config, frames: int, height: int, width: int, guidance: float, dtype: torch.dtype,
+         device: torch.device | str = "cuda") -> dict[str, int]:
     """Peak bytes of each phase of sampling one clip, from the configs alone: nothing is loaded or computed.
 
     The text encoder, of which the weights alone are counted, is gone before the model comes (see sample.py); the VAE stays.
@@ -186,6 +194,7 @@ def plan(cfg: Config, frames: int, height: int, width: int, guidance: float, dty
 
     def denoise():
         model = Latte(cfg.model)
+        memory.apply(model, MemoryConfig(tile_tokens=tile_tokens(cfg, device)))
         x, t = torch.zeros(batch, *shape), torch.zeros(batch)
         text = torch.zeros(batch, cfg.text.max_tokens, cfg.model.text_channels)
         cond = {"text": text} if cfg.model.conditioning == "text" else {}

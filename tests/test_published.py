@@ -20,8 +20,8 @@ from transformers import T5Config
 
 import sample
 import train
-from latte import checkpoint, config, diffusion, lora, pipeline, published, sampler, trace
-from latte.config import DiffusionConfig, InitConfig, ModelConfig, SamplerConfig
+from latte import checkpoint, config, diffusion, lora, memory, pipeline, published, sampler, trace
+from latte.config import DiffusionConfig, InitConfig, MemoryConfig, ModelConfig, SamplerConfig
 from latte.model import Latte, frame_times
 from latte.text import TextEncoder
 
@@ -490,17 +490,20 @@ def test_the_sampling_plan_of_latte_1_fits_12_gb(tmp_path):
     assert max(peaks.values()) < 11.5e9
 
 
-def test_the_plan_counts_what_a_real_pass_holds(latte_folder, capsys):
+@pytest.mark.parametrize("tile", [0, 1024])
+def test_the_plan_counts_what_a_real_pass_holds(latte_folder, capsys, tile):
     """The fake pass against torch's own count of what a real one allocates, on a model that is mostly activations."""
     cfg = ModelConfig(layers=1, heads=4, head_dim=16, text_channels=8)
     x, t, text = torch.randn(2, 8, 4, 32, 32), torch.zeros(2), torch.randn(2, 5, 8)
 
     def make():
         model = Latte(cfg)
+        memory.apply(model, MemoryConfig(tile_tokens=tile))
         fake = [torch.zeros(value.shape) for value in (x, t, text)]
         return lambda: model(*fake), (model, *fake)
 
     real = Latte(cfg)
+    memory.apply(real, MemoryConfig(tile_tokens=tile))
     held = sum(p.nbytes for p in real.parameters()) + sum(value.nbytes for value in (x, t, text))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile, torch.no_grad():
         real(x, t, text)
