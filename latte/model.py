@@ -163,6 +163,7 @@ class Latte(nn.Module):
         self.spatial = nn.ModuleList(Block(cfg, "space") for _ in range(cfg.layers))
         self.temporal = nn.ModuleList(Block(cfg, "time") for _ in range(cfg.layers))
         self.out = nn.Linear(d, patch * cfg.out_channels)
+        self.known_places: dict[tuple, Tensor] = {}
         self.initialise()
 
     def initialise(self) -> None:
@@ -197,7 +198,7 @@ class Latte(nn.Module):
         h, w = x.shape[3] // p, x.shape[4] // p
 
         x = rearrange(x.to(dtype), "b f c (h p) (w q) -> b f (h w) (c p q)", p=p, q=p)
-        x = self.patch(x) + spatial_positions(cfg, h, w, x.device).to(dtype)            # [b f n d]
+        x = self.patch(x) + self.places(h, w, x.device, dtype)                          # [b f n d]
 
         e = self.timestep(timestep_sinusoid(t if t.ndim == 2 else t[:, None]).to(dtype))  # [b 1|f d]
         if cfg.conditioning == "class":
@@ -236,6 +237,16 @@ class Latte(nn.Module):
             shift, scale = self.final(F.silu(e))[:, :, None].chunk(2, dim=-1)           # each [b 1|f 1 d]
         x = self.out(modulate(x, shift, scale))                                         # [b f n (p q out)]
         return rearrange(x, "b f (h w) (p q c) -> b f c (h p) (w q)", h=h, p=p, q=p)
+
+    def places(self, h: int, w: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """spatial_positions, kept for the next time."""
+        key = h, w, device, dtype
+        if key not in self.known_places:
+            table = spatial_positions(self.cfg, h, w, device).to(dtype)
+            if type(table) is not Tensor:  # without values, of a plan
+                return table
+            self.known_places[key] = table
+        return self.known_places[key]
 
     def label_states(self, labels: Tensor | None, b: int, video: int, images: int) -> Tensor:
         """Embedded labels [b 1|f d] of labels [b] or [b 1+images]."""

@@ -90,6 +90,7 @@ def test_what_lives_is_what_autograd_says_it_saved():
     model = Latte(CFG)
     nn.init.normal_(model.spatial[0].table)
     x, t, text = peer.inputs(CFG, 4, 8)
+    model(x, t, text)  # it keeps its table of positions
     kept = {}
 
     def pack(tensor):
