@@ -183,14 +183,16 @@ def _plan(planner: _Planner) -> Plan:
         return planner.fits(levers)
 
     if not fits(base):
-        found = []
+        found, rungs = [], len(planner.ladder(base))
         for levers in planner.combinations():
             ladder = planner.ladder(levers)
-            low, high = 0, len(ladder)  # the first rung that fits is at `low` or above, below `high` one fits
+            low = 0
+            high = rungs = min(rungs, len(ladder))  # with more levers, only less to compute again can be faster
             while low < high:
                 middle = (low + high) // 2
                 low, high = (low, middle) if fits(ladder[middle]) else (middle + 1, high)
-            if low < len(ladder):
+            if low < rungs:
+                rungs = low
                 found.append((planner.mean_seconds(ladder[low]), low, told(ladder[low]), ladder[low]))
         if found:
             seconds, _, _, chosen = min(found, key=lambda case: case[:3])
