@@ -107,14 +107,13 @@ def test_more_shapes_than_torch_would_keep(captured_only):
 
 
 def test_padded_text_changes_nothing_but_rounding():
-    plain, padded = twins()
+    plain, padded = (latte.double() for latte in twins())
     compile_blocks(padded, MemoryConfig())
-    for block, other in zip([*padded.spatial, *padded.temporal], [*plain.spatial, *plain.temporal], strict=True):
-        block.forward = type(block).forward.__get__(block)  # uncompiled again: the padding alone is left
-        assert type(other) is type(block)
+    for block in [*padded.spatial, *padded.temporal]:
+        del block.forward  # uncompiled again: the padding alone is left
     for tokens in (1, 7, 16):
-        assert run(padded, 4, 8, tokens) == pytest.approx(run(plain, 4, 8, tokens), rel=1e-6)
-    assert gradient_gap(padded, plain) < 1e-6
+        assert run(padded, 4, 8, tokens) == pytest.approx(run(plain, 4, 8, tokens), rel=1e-12)
+    assert gradient_gap(padded, plain) < 1e-12
 
 
 def test_a_share_of_the_activations_becomes_the_compilers_budget(captured_only):
