@@ -22,7 +22,7 @@ from latte.text import weight_bytes
 
 SURE = 0.95  # share of the memory that the planner fills by its own choice: allocators lose some to fragments
 RUNGS = [{"activations": 0.75}, {"activations": 0.5}, {"activations": 0.25}, {"activations": 0.0},  # each takes less memory
-         {"activations": 0.0, "mlp_chunks": 4}, {"tile_tokens": 8192}]                              # and more time
+         {"tile_tokens": 8192}, {"tile_tokens": 8192, "mlp_chunks": 4}]                             # and more time
 LOSSY = [{"optimizer_states": "bf16"}, {"optimizer_states": "int8"}, {"optimizer_states": "int8", "weights": "bf16"}]
 
 
