@@ -84,6 +84,8 @@ def _in_tiles(block: Block, forward: Callable[..., Tensor], axis: int, tokens: i
                  for tiles in _tiles(x, mod, text, bias, turn, axis, size)]
         return torch.cat(clips) if len(clips) > 1 else clips[0]
     short = lean.fits(block, x, mod, text)
+    if short and len(x) == 1 and size >= x.shape[axis]:
+        return lean.Clip(block, mod, text, bias)(x[0], axis, turn)[None].contiguous()
     out = torch.empty_like(x)
     for clip, tiles in enumerate(_tiles(x, mod, text, bias, turn, axis, size)):
         prepared, start = None, 0

@@ -24,6 +24,8 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """layer_norm(x) * (1 + scale) + shift  (Peebles and Xie, arXiv 2212.09748); x [b f n d], the others [b 1|f 1|n d]."""
+    if shift.shape[:2] == (1, 1) and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return F.layer_norm(x, x.shape[-1:], 1 + scale.flatten(), shift.flatten(), EPS)  # in one pass
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
 
 
@@ -50,7 +52,7 @@ def add_gated(x: Tensor, gate: Tensor, y: Tensor, linear: nn.Linear, gelu: bool 
 
 
 def _short(linear: nn.Module, x: Tensor, row: Tensor) -> bool:
-    return type(linear) is nn.Linear and row.shape[1] == 1 and not torch.compiler.is_compiling()
+    return torch.is_grad_enabled() and type(linear) is nn.Linear and row.shape[1] == 1 and not torch.compiler.is_compiling()
 
 
 def _cast(linear: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
