@@ -2,7 +2,7 @@
 
 The numbers are the plain block's up to rounding. Shift and scale are the norm's own bias and weight; gates are folded into the
 weights of the linear before them; GELU and residual sums are part of oneDNN's matrix product. What it works on is meant to be a
-tile small enough for the processor's cache and for memory that the allocator has at hand (see latte.memory.tiled).
+tile small enough for the processor's cache and for memory that the allocator has at hand (see latte.memory.apply).
 """
 
 import torch
@@ -19,6 +19,8 @@ _linear = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_availab
 
 def fits(block: Block, x: Tensor, mod: Tensor, text: Tensor | None) -> bool:
     """Whether this block's forward pass on x [b f n d] can take the short way."""
+    if x.dtype == torch.bfloat16 and _linear is not None and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
     return not (torch.is_grad_enabled() or autocast_dtype("cpu") or _linear is None or x.device.type != "cpu"
                 or mod.shape[1] > 1 or (text is not None and text.shape[1] > 1) or x.dtype not in (torch.float32, torch.bfloat16)
                 or any(type(m) is not nn.Linear for m in (block.attn.qkv, block.attn.out, block.mlp[0], block.mlp[2])))

@@ -5,7 +5,9 @@ MLPs, and what is computed again is the same arithmetic.
 """
 
 import contextlib
-import itertools
+import functools
+import math
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -23,6 +25,7 @@ from latte.ops import autocast_dtype
 
 CPU_TILE = 4096  # tokens that sampling on a CPU works on at a time, whose tensors the cache and the allocator have at hand
 OFFLOADED_FROM = 2**20  # bytes; smaller tensors stay on the device
+ROOM = 4096  # parts that the room for kept activations is divided into, to choose what goes there
 ATTENTION_COST = 3  # an operation of attention takes about as long as so many of a matrix product
 
 
@@ -35,13 +38,14 @@ def apply(model: Latte, cfg: MemoryConfig) -> "_HostStore | None":
     """
     store = _HostStore() if cfg.offload else None
     for blocks, axis in ((model.spatial, 1), (model.temporal, 2)):
+        keep = _Selective(cfg.activations)
         for block in blocks:
             if cfg.mlp_chunks > 1:
                 block.mlp.forward = partial(_in_chunks, block.mlp.forward, cfg.mlp_chunks)
             if cfg.tile_tokens:
                 block.forward = partial(_in_tiles, block, block.forward, axis, cfg.tile_tokens)
             elif cfg.activations < 1:
-                block.forward = partial(_recomputed, block.forward, _Selective(block.forward, cfg.activations))
+                block.forward = partial(_recomputed, block.forward, keep)
             if store:
                 block.forward = partial(store.around, block.forward)
     return store
@@ -55,7 +59,7 @@ def _recomputed(forward: Callable[..., Tensor], keep: "_Selective | None", *args
     # Without autocast's cache, casts are computed again like the rest, and tiles' gradients add up in the weights' own precision.
     dtype = autocast_dtype(device)
     with torch.autocast(device, dtype, cache_enabled=False) if dtype else contextlib.nullcontext():
-        context = {"context_fn": keep.contexts(*args, **kwargs)} if keep is not None and keep.share > 0 else {}
+        context = {"context_fn": keep.contexts(forward, *args, **kwargs)} if keep is not None and keep.share > 0 else {}
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **context, **kwargs)
 
 
@@ -132,16 +136,18 @@ class _Selective:
     As selective activation checkpointing in Korthikanti et al., arXiv 2205.05198, with the choice by operation.
     """
 
-    def __init__(self, forward: Callable[..., Tensor], share: float):
-        self.forward, self.share = forward, share
-        self.chosen: dict[tuple, set[int]] = {}  # numbers of the kept products, by the shape of the input
+    def __init__(self, share: float):
+        self.share = share
+        self.chosen: dict[tuple, frozenset[int]] = {}  # numbers of the kept products, by the shapes of the inputs
 
-    def contexts(self, x: Tensor, *args: Tensor, **kwargs: Tensor) -> Callable:
-        key = (x.shape, x.dtype, autocast_dtype(x.device.type))
+    def contexts(self, forward: Callable[..., Tensor], *args: Tensor, **kwargs: Tensor) -> Callable:
+        tensors = [y for y in tree_leaves((args, kwargs)) if isinstance(y, Tensor)]
+        key = (tuple(y.shape for y in tensors), tensors[0].dtype, autocast_dtype(tensors[0].device.type))
         if key not in self.chosen:
-            with torch.no_grad(), _Products() as found:
-                self.forward(x, *args, **kwargs)
-            self.chosen[key] = _dearest(found.costs, self.share)
+            found = _Products()
+            with found, torch.autograd.graph.saved_tensors_hooks(found.keep, lambda y: y):
+                forward(*args, **kwargs)
+            self.chosen[key] = _dearest(tuple(found.costs[:found.needed]), self.share)
         kept = self.chosen[key]
 
         def contexts():
@@ -164,11 +170,17 @@ def _is_product(op) -> bool:
 
 
 class _Products(TorchDispatchMode):
-    """Notes of each matrix product and attention its operations and the bytes of its result."""
+    """Notes of each matrix product and attention its operations and the bytes of its result, and how many there are before the last
+    value that the backward pass needs: what comes after it is not computed again."""
 
     def __init__(self):
         super().__init__()
         self.costs: list[tuple[int, int]] = []
+        self.needed = 0
+
+    def keep(self, x: Tensor) -> Tensor:
+        self.needed = len(self.costs)
+        return x
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         result = op(*args, **(kwargs or {}))
@@ -183,12 +195,19 @@ class _Products(TorchDispatchMode):
         return result
 
 
-def _dearest(costs: list[tuple[int, int]], share: float) -> set[int]:
-    """Of products with (operations, bytes), the numbers of those that together save most operations in a share of all the room."""
-    room = share * sum(size for _, size in costs)
-    sets = (set(chosen) for count in range(len(costs) + 1) for chosen in itertools.combinations(range(len(costs)), count))
-    fitting = (kept for kept in sets if sum(costs[i][1] for i in kept) <= room)
-    return max(fitting, key=lambda kept: sum(costs[i][0] for i in kept))
+@functools.lru_cache(maxsize=256)
+def _dearest(costs: tuple[tuple[int, int], ...], share: float) -> frozenset[int]:
+    """Of products with (operations, bytes), the numbers of those that together save most operations in a share of all the room,
+    told in parts of the room (the knapsack problem, by dynamic programming)."""
+    room, unit = int(share * ROOM), sum(size for _, size in costs) / ROOM
+    best: list[tuple[int, frozenset[int]]] = [(0, frozenset())] * (room + 1)  # operations saved in so much room, and by what
+    for number, (cost, size) in enumerate(costs):
+        parts = math.ceil(size / unit)
+        for there in range(room, parts - 1, -1):
+            saved, kept = best[there - parts]
+            if saved + cost > best[there][0]:
+                best[there] = saved + cost, kept | {number}
+    return best[room][1]
 
 
 class _HostStore:
@@ -199,7 +218,7 @@ class _HostStore:
 
     def __init__(self):
         self.stream: torch.cuda.Stream | None = None
-        self.kept: list[_Away] = []  # in the order of the forward pass
+        self.last: weakref.ref | None = None  # of what was sent; each knows the one before, so that the graph alone keeps them
 
     def __deepcopy__(self, memo):
         return self
@@ -212,19 +231,18 @@ class _HostStore:
             return forward(*args, **kwargs)
 
     def _send(self, x: Tensor) -> "Tensor | _Away":
-        if x.nbytes < OFFLOADED_FROM or isinstance(x, torch.nn.Parameter):
+        if x.nbytes < OFFLOADED_FROM or isinstance(x, torch.nn.Parameter) or _of_one_leaf(x):
             return x
-        away = _Away(x, len(self.kept), self._side(x))
-        self.kept.append(away)
+        away = _Away(x, self.last, self._side(x))
+        self.last = weakref.ref(away)
         return away
 
     def _fetch(self, away: "Tensor | _Away") -> Tensor:
         if isinstance(away, Tensor):
             return away
-        x = away.back()
-        del self.kept[away.number:]
-        if self.kept:
-            self.kept[-1].start()
+        x, before = away.back(), away.before and away.before()
+        if before is not None:
+            before.start()
         return x
 
     def _side(self, x: Tensor) -> "torch.cuda.Stream | None":
@@ -233,11 +251,19 @@ class _HostStore:
         return self.stream
 
 
-class _Away:
-    """One tensor in host memory."""
+def _of_one_leaf(x: Tensor) -> bool:
+    """Whether x is a cast or a view of one weight, which is on the device anyway or soon made again."""
+    node = x.grad_fn
+    while node is not None and len(node.next_functions) == 1:
+        node = node.next_functions[0][0]
+    return node is not None and not node.next_functions
 
-    def __init__(self, x: Tensor, number: int, stream: "torch.cuda.Stream | None"):
-        self.device, self.number, self.stream, self.x = x.device, number, stream, None
+
+class _Away:
+    """One tensor in host memory. `before`: the one sent before it, which the backward pass needs after it."""
+
+    def __init__(self, x: Tensor, before: "weakref.ref | None", stream: "torch.cuda.Stream | None"):
+        self.device, self.before, self.stream, self.x = x.device, before, stream, None
         self.host = torch.empty_like(x, device="cpu", pin_memory=stream is not None)  # in x's layout: compiled code counts on it
         if stream is None:
             self.host.copy_(x)
@@ -262,4 +288,5 @@ class _Away:
             now = torch.cuda.current_stream(self.device)
             now.wait_stream(self.stream)
             self.x.record_stream(now)
-        return self.x
+        x, self.x = self.x, None
+        return x

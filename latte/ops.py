@@ -1,9 +1,10 @@
 """The two operations of a block around attention and MLP, keeping as little as possible for the backward pass.
 
-Both are exact: their gradients are those of the plain formula, to which they fall back where a clip has several timesteps, where
-a linear has adapters, and in compiled code, which fuses the formula by itself. Of 43 * width values a token that a layer pair keeps
-by the formulas, 23 * width are left, without computing any matrix product again: norms and GELU are computed again from their
-inputs, and the gradient of a gate comes from the product that is needed for the weight's gradient anyway.
+Both are exact: their gradients, of the first order, are those of the plain formula, to which they fall back where a clip has
+several timesteps, where a linear has adapters, in float16, and in compiled code, which fuses the formula by itself. Of 43 * width
+values a token that a layer pair keeps by the formulas, 23 * width are left, without computing any matrix product again: norms and
+GELU are computed again from their inputs, and the gradient of a gate comes from the product that is needed for the weight's
+gradient anyway.
 """
 
 from contextlib import nullcontext
@@ -25,7 +26,7 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """layer_norm(x) * (1 + scale) + shift  (Peebles and Xie, arXiv 2212.09748); x [b f n d], the others [b 1|f 1|n d]."""
     if shift.shape[:2] == (1, 1) and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return F.layer_norm(x, x.shape[-1:], 1 + scale.flatten(), shift.flatten(), EPS)  # in one pass
+        return F.layer_norm(x, x.shape[-1:], (1 + scale).flatten().to(x.dtype), shift.flatten().to(x.dtype), EPS)  # in one pass
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
 
 
@@ -52,7 +53,11 @@ def add_gated(x: Tensor, gate: Tensor, y: Tensor, linear: nn.Linear, gelu: bool 
 
 
 def _short(linear: nn.Module, x: Tensor, row: Tensor) -> bool:
-    return torch.is_grad_enabled() and type(linear) is nn.Linear and row.shape[1] == 1 and not torch.compiler.is_compiling()
+    if type(linear) is not nn.Linear:
+        return False
+    half = torch.float16 in (autocast_dtype(x.device.type), linear.weight.dtype)  # whose sums without the gate might overflow
+    return (torch.is_grad_enabled() and row.shape[1] == 1 and not half
+            and not torch.compiler.is_compiling())
 
 
 def _cast(linear: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Saving memory changes no numbers: every lever against the plain model, forward and backward."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -34,20 +35,20 @@ def model_of(levers=None, seed=1, **changes):
     return model
 
 
-def run(model, images, each, grad, dtype=torch.float32, autocast=False):
-    """Output, and with `grad` all gradients, of two clips with different text and positions in time."""
+def run(model, images, each, grad, dtype=torch.float32, autocast=False, clips=2):
+    """Output, and with `grad` all gradients, of clips with different text and positions in time."""
     torch.manual_seed(2)
     frames = 6 + images
-    x = torch.randn(2, frames, 4, 16, 16, dtype=dtype, requires_grad=grad)
-    t = torch.rand(2, frames) * 900 if each else torch.rand(2) * 900
+    x = torch.randn(clips, frames, 4, 16, 16, dtype=dtype, requires_grad=grad)
+    t = torch.rand(clips, frames) * 900 if each else torch.rand(clips) * 900
     given = {}
     if model.cfg.conditioning == "text":
-        text = torch.randn(2, *[1 + images] * bool(images), 9, 24, dtype=dtype)
+        text = torch.randn(clips, *[1 + images] * bool(images), 9, 24, dtype=dtype)
         mask = torch.ones(text.shape[:-1])
         mask[0, ..., 6:] = 0
         given = {"text": text, "text_mask": mask}
     with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        y = model(x, t, image_frames=images, frame_times=torch.rand(2, 6) * 9, **given)
+        y = model(x, t, image_frames=images, frame_times=torch.rand(clips, 6) * 9, **given)
     if not grad:
         return [y]
     y.float().square().mean().backward()
@@ -72,19 +73,21 @@ def test_a_lever_changes_no_number(name, kind, inputs, monkeypatch):
             assert all(torch.equal(a, b) for a, b in zip(mine, plain, strict=True))
 
 
+@pytest.mark.parametrize(("kind", "clips"), [("plain", 2), ("modulation of each block", 1)])
 @pytest.mark.parametrize("name", LEVERS)
-def test_in_bfloat16_too(name, monkeypatch):
+def test_in_bfloat16_too(name, kind, clips, monkeypatch):
     monkeypatch.setattr(memory, "OFFLOADED_FROM", 1000)
-    for autocast in (True, False):
-        plain, mine = model_of(), model_of(LEVERS[name])
-        if not autocast:
+    for autocast, half in ((True, False), (False, True), (True, True)):  # and which weights are bfloat16
+        plain, mine = (model_of(levers, **MODELS[kind]) for levers in (None, LEVERS[name]))
+        if half:
             plain, mine = plain.bfloat16(), mine.bfloat16()
         dtype = torch.float32 if autocast else torch.bfloat16
-        exact = run(model_of(), 0, False, True)
-        base = run(plain, 0, False, True, dtype, autocast)
-        # gradients of bfloat16 weights add up in bfloat16, tile by tile
-        factor = 4 if not autocast and name.startswith("one") else 1.5
-        assert furthest(run(mine, 0, False, True, dtype, autocast), exact) < factor * furthest(base, exact) + 1e-3
+        for grad in (True, False):
+            exact = run(model_of(**MODELS[kind]), 0, False, grad, clips=clips)
+            base = run(plain, 0, False, grad, dtype, autocast, clips)
+            # gradients of bfloat16 weights add up in bfloat16, tile by tile
+            factor = 4 if half and name.startswith("one") else 1.5
+            assert furthest(run(mine, 0, False, grad, dtype, autocast, clips), exact) < factor * furthest(base, exact) + 1e-3
 
 
 def saved(model, clips=1):
@@ -112,6 +115,44 @@ def test_most_of_the_activations_cost_little_work():
     """The last tenths of the room save least."""
     whole, most = saved(model_of())[1], saved(model_of({"activations": 0.8}))[1]
     assert most <= 1.05 * whole
+
+
+def test_many_products_are_chosen_among_in_no_time():
+    """Chunks, adapters and images make dozens of products a block."""
+    costs = tuple((1000 + 7 * i % 13, 100 + 11 * i % 17) for i in range(40))
+    kept = memory._dearest(costs, 0.5)
+    assert sum(costs[i][1] for i in kept) <= 0.5 * sum(size for _, size in costs)
+    assert sum(costs[i][0] for i in kept) > 0.5 * sum(cost for cost, _ in costs)
+    assert memory._dearest(((10, 1), (6, 1), (6, 1), (1, 1)), 0.5) == {0, 1}
+
+
+def test_the_last_product_is_not_kept():
+    """It is not computed again, so keeping it would save nothing."""
+    model = model_of({"activations": 0.9})
+    x, t, text = torch.randn(1, 16, 4, 16, 16), torch.rand(1) * 900, torch.randn(1, 9, 24)
+    model(x, t, text)
+    for block, products in ((model.spatial[0], 9), (model.temporal[0], 5)):
+        kept, = block.forward.args[1].chosen.values()
+        assert kept and products - 1 not in kept
+
+
+def test_what_waits_on_the_host_goes_with_the_graph(monkeypatch):
+    """A forward pass whose gradients nobody asks for leaves nothing behind, and two passes do not mix."""
+    monkeypatch.setattr(memory, "OFFLOADED_FROM", 1000)
+    model, plain = model_of({"activations": 0, "offload": True}), model_of()
+    sent, real = weakref.WeakSet(), memory._Away.__init__
+    monkeypatch.setattr(memory._Away, "__init__", lambda self, *args: real(self, *args) or sent.add(self))
+    given = [(torch.randn(1, 6, 4, 16, 16), torch.rand(1) * 900, torch.randn(1, 9, 24)) for _ in range(2)]
+    model(*given[0])
+    assert not sent
+    losses = [model(*one).square().mean() for one in given]
+    losses[0].backward()
+    losses[1].backward()
+    assert sum(plain(*one).square().mean() for one in given).backward() is None
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-4)
+    del losses
+    assert not sent
 
 
 def test_the_short_way_is_taken_where_it_fits(monkeypatch):

@@ -91,6 +91,16 @@ def test_frozen_weights_get_no_gradient(name):
     assert values[0].grad is not None and values[1].grad is not None and linear.weight.grad is None
 
 
+@pytest.mark.parametrize("name", ["add_gated", "gelu"])
+def test_float16_takes_the_formula(name):
+    """A small gate keeps sums of large scaled gradients finite there, if it comes before them."""
+    values, linear = given(name, 1, 1, torch.float16)
+    values[2] = (values[2].detach() * 1e-3).requires_grad_()
+    seed = torch.full_like(values[0], 6e4)
+    grads = torch.autograd.grad(operation(name, *values, linear), [values[1], *linear.parameters()], seed)
+    assert all(g.isfinite().all() for g in grads)
+
+
 def test_a_layer_with_adapters_takes_the_formula():
     class Adapted(nn.Linear):
         def forward(self, x):
