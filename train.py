@@ -469,6 +469,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--card", default="", help="with --dry-run: plan for this card, such as H200, instead of this machine")
     args = parser.parse_intermixed_args(argv)
     try:
+        if args.card and not args.dry_run:
+            raise ValueError("--card: plans for a card that is not at hand; it needs --dry-run")
         cfg = config.load(args.config, args.overrides)
         if args.dry_run:
             print(plan.describe(cfg, args.card))

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,11 +23,13 @@ class Card:
     link: float  # bytes a second to or from the host
 
 
-CARDS = {  # longer names first: a device's name tells its card
+CARDS = {
     "H200": Card(140, 989e12, 4.8e12, 50e9), "H100 PCIe": Card(79, 756e12, 2.0e12, 50e9), "H100": Card(79, 989e12, 3.35e12, 50e9),
-    "B200": Card(179, 2250e12, 8.0e12, 50e9), "A100": Card(79, 312e12, 2.0e12, 25e9), "L40S": Card(45, 362e12, 0.86e12, 25e9),
+    "B200": Card(179, 2250e12, 8.0e12, 50e9), "A100": Card(79, 312e12, 2.0e12, 25e9),
+    "A100 40GB": Card(39, 312e12, 1.55e12, 25e9), "L40S": Card(45, 362e12, 0.86e12, 25e9),
     "L4": Card(22, 121e12, 0.3e12, 25e9), "RTX 4090": Card(24, 165e12, 1.0e12, 25e9), "RTX 4080": Card(16, 97e12, 0.72e12, 25e9),
     "RTX 3090": Card(24, 71e12, 0.94e12, 25e9), "A10": Card(22, 125e12, 0.6e12, 25e9)}
+BESIDE = {"nvidia", "geforce", "gpu", "sxm4", "sxm5", "pcie", "hbm3", "80gb"}  # words of devices' names that change no figure
 REACHED = 0.55  # share of a data sheet's operations that large products reach: an assumption, like the next
 MOVED = 0.7  # and of its memory's speed
 
@@ -84,17 +87,23 @@ def available(device: torch.device) -> int:
 
 def card(name: str) -> Card:
     """The card of a name, such as H200. Raises ValueError with those that are known."""
-    found = [card for part, card in CARDS.items() if part.lower() in name.lower()]
+    found = _known(name)
     if not found:
         raise ValueError(f"--card: knows {', '.join(CARDS)}, got {name!r}; for any other, memory.limit_gib tells its memory")
-    return found[0]
+    return found
+
+
+def _known(name: str) -> Card | None:
+    """The card of a device's name, by whole words; the longest name where several fit. Further words make it another card."""
+    words = set(re.findall("[a-z0-9]+", name.lower()))
+    found = [card for card in CARDS if (own := set(card.lower().split())) <= words and words - own <= BESIDE]
+    return CARDS[max(found, key=len)] if found else None
 
 
 def speed(device: torch.device, dtype: torch.dtype, name: str = "") -> Speed:
     """Of the card `name`, or else of this device: assumed shares of the data sheet for a known card, measured for any other."""
     name = name or (torch.cuda.get_device_name(device) if device.type == "cuda" else "")
-    if any(part.lower() in name.lower() for part in CARDS):
-        known = card(name)
+    if known := _known(name):
         flops = known.flops if dtype != torch.float32 else known.flops / 2  # TF32
         return Speed(REACHED * flops, MOVED * known.memory, known.link,
                      f"assumed: {REACHED:.0%} of the data sheet's operations, {MOVED:.0%} of its memory's speed")
@@ -114,9 +123,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     The vendor's dense figure where the device's name tells it, else the best of a few products of 1024 x 1024 matrices.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    known = [card.flops for part, card in CARDS.items() if part in name]
-    if known:
-        return known[0] if dtype != torch.float32 else known[0] / 2  # TF32
+    if known := _known(name):
+        return known.flops if dtype != torch.float32 else known.flops / 2  # TF32
     a = torch.ones(1024, 1024, dtype=dtype, device=device)
     seconds = []
     for _ in range(4):

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from latte import checkpoint, diffusion, lora, memory, optim, parallel
+from latte import attention, checkpoint, diffusion, lora, memory, optim, parallel
 from latte.config import Config
 from latte.health import Step
 from latte.model import Latte
@@ -96,7 +96,8 @@ def update(cfg: Config, latents: tuple[int, int, int, int], images: int, clips: 
     Traced with two and with three layer pairs at most. With each further pair every phase of the update grows by what it grew from
     two to three: the forward pass, the backward pass of the last, of an inner and of the first pair, and the optimizer's step. In
     the same way a clip of many tiles is drawn out from one of two and one of four.
-    The trace follows the rules of a CPU: attention keeps its output and the logarithms of its sums, as fused kernels of a GPU do.
+    The trace follows the rules of a CPU, but for a GPU attention is always the fused kernel, which keeps its output and the
+    logarithms of its sums.
     """
     (f, c, h, w), pairs, traced = latents, cfg.model.layers, min(passes, 2)  # a third pass is like the second
     tile = max(1, cfg.memory.tile_tokens // (h * w // cfg.model.patch_size**2))  # frames
@@ -130,7 +131,9 @@ def _traced(cfg: Config, latents: tuple[int, int, int, int], images: int, clips:
     """Most bytes in each phase of an update, bytes `held` before it, and its work without that of the optimizer."""
     _forget()
     model = outline(cfg)
+    plain = attention.PLAIN_LOGITS
     try:
+        attention.PLAIN_LOGITS = 0 if gpu else plain
         with FakeTensorMode(allow_non_fake_inputs=True), Tracker() as tracker:
             for module in model.modules():
                 for name, p in module.named_parameters(recurse=False):
@@ -144,6 +147,7 @@ def _traced(cfg: Config, latents: tuple[int, int, int, int], images: int, clips:
             tracker.work.clear()
             run()
     finally:
+        attention.PLAIN_LOGITS = plain
         _forget()
     return {**tracker.most, "held": held, **{kind: tracker.work[kind] for kind in ("flops", "moved", "sent")}}
 

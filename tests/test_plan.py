@@ -10,7 +10,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 import train
-from latte import config, diffusion, hardware, plan, trace
+from latte import attention, config, diffusion, hardware, plan, trace
 from latte.config import MemoryConfig
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +66,16 @@ def test_host_memory_counts_on_a_cpu_and_not_on_a_gpu():
     assert here.held - there.held == average
     assert here.peak - there.peak > average + 2**20
     assert there.sent > 2 * 2**20 and here.sent == 0
+
+
+def test_attention_on_a_gpu_is_the_fused_kernel():
+    """A CPU takes the plain formula for short sequences in bfloat16, and keeps its logits."""
+    cfg = config.load(TINY, ["model.layers=1", "train.mixed_precision=bf16", "model.patch_size=2"])
+    before = attention.PLAIN_LOGITS
+    here, there = (trace.update(cfg, (128, 3, 32, 32), 0, 1, 1, gpu) for gpu in (False, True))
+    logits = 2 * cfg.model.heads * 256 * 128**2  # bytes, of the temporal block
+    assert here.peak - there.peak > 0.9 * logits and here.held == there.held
+    assert before == attention.PLAIN_LOGITS
 
 
 def test_the_work_of_levers_is_counted():
@@ -172,3 +182,23 @@ def test_the_dry_run_prints_the_plan(capsys):
     assert "memory: no lever (fits as it is); 24.00 GiB to fit into on RTX 4090; speed assumed: 55% of the data sheet's" in said
     assert "auto: false" in said and "stages.1" in said
     assert train.main([str(TINY), "--dry-run", "--card", "abacus"]) == 1
+
+
+@pytest.mark.parametrize(("name", "card"), [
+    ("L40S", "L40S"), ("nvidia l4", "L4"), ("NVIDIA A100-SXM4-40GB", "A100 40GB"), ("A100 40GB", "A100 40GB"),
+    ("NVIDIA A100 80GB PCIe", "A100"), ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H100 PCIe", "H100 PCIe"),
+    ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+])
+def test_a_card_is_known_by_whole_words(name, card):
+    assert hardware.card(name) is hardware.CARDS[card]
+
+
+@pytest.mark.parametrize("name", ["L40", "RTX A1000", "A10G", "RTX 4090 Laptop GPU", "A100 20GB", "GH200"])
+def test_another_card_of_a_similar_name_is_not_known(name):
+    with pytest.raises(ValueError, match=f"--card: knows .*A100 40GB.* got '{name}'"):
+        hardware.card(name)
+
+
+def test_a_card_is_only_planned_for(capsys):
+    assert train.main([str(TINY), "--card", "H200"]) == 1
+    assert capsys.readouterr().err == "error: --card: plans for a card that is not at hand; it needs --dry-run\n"
