@@ -429,6 +429,15 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
     Raises ValueError naming the dotted key for an unknown key (with the nearest known one), a value of the wrong type or a
     value out of range, and naming the file when it is missing or is no YAML mapping.
     """
+    return from_dict(_read(path), overrides)
+
+
+def load_written(path: str | Path) -> Config:
+    """The configuration that a run wrote into its folder, perhaps with keys of an older version. Raises ValueError like `load`."""
+    return from_dict(upgraded(_read(path)))
+
+
+def _read(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such config file")
@@ -438,7 +447,7 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
         raise ValueError(f"{path}: not valid YAML: {error}") from None
     if not OmegaConf.is_dict(read):
         raise ValueError(f"{path}: must hold sections such as model: and stages:")
-    return from_dict(OmegaConf.to_container(read), overrides)
+    return OmegaConf.to_container(read)
 
 
 def from_dict(values: dict[str, Any], overrides: list[str] = ()) -> Config:
@@ -462,7 +471,7 @@ def from_dict(values: dict[str, Any], overrides: list[str] = ()) -> Config:
 
 
 def upgraded(values: dict[str, Any]) -> dict[str, Any]:
-    """The values of an older checkpoint with the keys of today."""
+    """The values of an older checkpoint or run with the keys of today."""
     train = dict(values.get("train", {}))
     recompute = train.pop("checkpoint_blocks", None)
     moved = {"train": train, "memory": {"activations": 0.0 if recompute else 1.0}} if recompute is not None else {}

@@ -221,8 +221,9 @@ def _lossy(planner: _Planner, levers: MemoryConfig) -> Iterator[str]:
 def resolve(cfg: config.Config, codec: VideoCodec, device: torch.device, rank: int, ranks: int) -> tuple[MemoryConfig, str]:
     """The levers that a launch works with, explicit, and what there is to say of them.
 
-    With memory.auto the first launch of a run chooses them and later ones keep its choice, as another could round differently;
-    another memory.limit_gib makes a new choice. The main process decides for all. Raises ValueError where nothing fits.
+    With memory.auto the first launch of a run chooses them and later ones keep its choice, as another could round differently,
+    with what the config at hand adds to it. What no longer fits, or another memory.limit_gib, makes a new choice. The main process
+    decides for all. Raises ValueError where nothing fits.
     """
     if not cfg.memory.auto:
         return cfg.memory, ""
@@ -239,17 +240,43 @@ def resolve(cfg: config.Config, codec: VideoCodec, device: torch.device, rank: i
 
 
 def _decide(cfg: config.Config, codec: VideoCodec, device: torch.device, ranks: int) -> tuple[MemoryConfig, str]:
-    before = Path(cfg.run) / "config.yaml"
+    before, why = Path(cfg.run) / "config.yaml", ""
     if before.is_file():
-        kept = config.load(before).memory
+        kept = config.load_written(before).memory
         if kept.limit_gib == cfg.memory.limit_gib:
-            return replace(kept, auto=False), f"memory: {told(kept)}, as at this run's first launch"
+            levers = _joined(kept, cfg.memory)
+            why = _why_not(cfg, levers, codec, device, ranks)
+            if not why:
+                own = "" if told(levers) == told(kept) else f" ({told(kept)}) and in the config"
+                return levers, f"memory: {told(levers)}, as at this run's first launch{own}"
+            why = f"; {told(levers)}, as at this run's first launch, no longer serves: {why}"
     found = plan(cfg, device, codec, ranks)
-    text = f"memory: {told(found.memory)}, {found.why}: {gib(found.worst.peak)} of {gib(found.limit)} ({found.worst.key})"
+    text = f"memory: {told(found.memory)}, {found.why}: {gib(found.worst.peak)} of {gib(found.limit)} ({found.worst.key}){why}"
     if found.worst.peak > found.limit and cfg.train.refuse_misfit:
         raise ValueError(f"memory.auto: {text}; try more train.micro_batches or a smaller batch, or start it anyway with "
                          "train.refuse_misfit=false")
     return found.memory, text
+
+
+def _joined(kept: MemoryConfig, given: MemoryConfig) -> MemoryConfig:
+    """The given levers, and of those that the planner chooses among the one of the two that saves more memory."""
+    tiles = [tokens for tokens in (kept.tile_tokens, given.tile_tokens) if tokens]
+    return replace(given, auto=False, activations=min(kept.activations, given.activations), offload=kept.offload or given.offload,
+                   tile_tokens=min(tiles, default=0), mlp_chunks=max(kept.mlp_chunks, given.mlp_chunks),
+                   ema="host" if "host" in (kept.ema, given.ema) else "device",
+                   optimizer_in_backward=kept.optimizer_in_backward or given.optimizer_in_backward)
+
+
+def _why_not(cfg: config.Config, levers: MemoryConfig, codec: VideoCodec, device: torch.device, ranks: int) -> str:
+    """Why a run cannot have these levers, if so."""
+    if levers.optimizer_in_backward and ranks > 1:
+        return "memory.optimizer_in_backward needs one process"
+    try:
+        planner = _Planner(replace(cfg, memory=levers), codec, device, ranks, "")
+    except ValueError as error:
+        return str(error)
+    key, peak = _most(planner)
+    return "" if peak <= planner.limit else f"{gib(peak)} of {gib(planner.limit)} ({key})"
 
 
 def with_sums(cfg: config.Config, cost: trace.Cost, count: int, ranks: int) -> int:
@@ -315,7 +342,7 @@ def describe(cfg: config.Config, card: str = "") -> str:
         codec = VideoCodec.told(cfg.codec, clips) if cfg.data.source == "cache" else VideoCodec(cfg.codec, weights=False)
     size, trained = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in checkpoint.trained(model).values())
     planner = _Planner(cfg, codec, device, 1, card)
-    found = _plan(planner)
+    found, auto = _plan(planner), cfg.memory.auto
     cfg.memory = found.memory
     where = card or device.type
     lines = [config.to_yaml(cfg), f"parameters: {size / 1e6:.2f} M, of which trained: {trained / 1e6:.2f} M",
@@ -338,7 +365,7 @@ def describe(cfg: config.Config, card: str = "") -> str:
         more = alone * batch / row.clips / whole - 1
         lines.append(f"deterministic mode: {more:+.1%} time for {row.key}, in units of {row.clips} instead of {batch}")
     try:
-        lines.append(_room(planner, found.worst.key, found.worst.peak))
+        lines.append(_room(planner, found.worst.key, found.worst.peak, auto))
     except ValueError as error:
         lines.append(f"would be refused: {error}")
     return "\n".join(lines)
@@ -347,7 +374,7 @@ def describe(cfg: config.Config, card: str = "") -> str:
 def _table(found: Plan, planner: _Planner, where: str) -> list[str]:
     """A plan as lines of text."""
     lines = [f"memory: {told(found.memory)} ({found.why}); {gib(found.limit)} to fit into on {where}; "
-             f"speed {planner.speed.told_by}"]
+             f"speed {planner.speed.told_by}{'; plan of uncompiled blocks' if planner.cfg.train.compile else ''}"]
     if len(found.tried) > 1:
         for levers, peak, seconds in sorted(found.tried, key=lambda case: case[2]):
             fits = "fits" if peak <= SURE * found.limit else ""
@@ -359,20 +386,26 @@ def _table(found: Plan, planner: _Planner, where: str) -> list[str]:
 
 def check_room(cfg: config.Config, codec: VideoCodec, device: torch.device, ranks: int) -> str:
     """What the run takes of memory and disk beside what there is. Raises ValueError when it cannot fit (train.refuse_misfit)."""
-    size, trained = (sum(p.numel() for p in group) for group in (
-        trace.outline(cfg).parameters(), checkpoint.trained(trace.outline(cfg)).values()))
-    # An upper bound first, of float32 without levers: most runs fit by far, and tracing takes seconds.
     planner = _Planner(cfg, codec, device, ranks, "")
+    return _room(planner, *_most(planner))
+
+
+def _most(planner: _Planner) -> tuple[str, int]:
+    """The clip shape that takes most memory under the levers of the config, and the bytes."""
+    # An upper bound first, of float32 without levers: most runs fit by far, and tracing takes seconds.
+    cfg, size = planner.cfg, sum(p.numel() for p in trace.outline(planner.cfg).parameters())
+    trained = sum(p.numel() for p in planner.trained)
     sums = math.log2(max(count for *_, count in planner.passes)) + 3 if cfg.train.deterministic else 1
     state, kept = planner.resident + 44 * size + 4 * trained * sums, 4 * 2 * 43 * cfg.model.width * cfg.model.layers
     peaks = {key: state + kept * tokens * clips for key, tokens, clips, _, _ in planner.passes}
     key, peak = max(peaks.items(), key=lambda pair: pair[1])
     if peak > planner.limit / 2:
         key, peak = max(((case[0], planner.peak(i, cfg.memory)) for i, case in enumerate(planner.passes)), key=lambda pair: pair[1])
-    return _room(planner, key, peak)
+    return key, peak
 
 
-def _room(planner: _Planner, key: str, peak: int) -> str:
+def _room(planner: _Planner, key: str, peak: int, auto: bool = False) -> str:
+    """What the run takes beside what there is, as text, or ValueError; auto: whether its levers are those of memory.auto."""
     cfg, free, place = planner.cfg, planner.limit, Path(planner.cfg.run)
     state = optim.state_bytes(planner.trained, cfg.memory)
     while not place.exists():
@@ -382,9 +415,11 @@ def _room(planner: _Planner, key: str, peak: int) -> str:
     own = sum(file.stat().st_size for file in Path(cfg.run).glob("step-*/*"))
     disk, room = kept * (sum(state.values()) - state["gradients"]), shutil.disk_usage(place).free + own
     need, have, files, left = (f"{value / 2**30:.1f} GiB" for value in (peak, free, disk, room))
-    text = f"needs at most {need} of memory a process ({key}; {have} free) and {files} of disk for {kept} checkpoints ({left} free)"
+    blocks = " with uncompiled blocks" if cfg.train.compile else ""
+    text = (f"needs at most {need} of memory a process{blocks} ({key}; {have} free) and {files} of disk for {kept} checkpoints "
+            f"({left} free)")
     if cfg.train.refuse_misfit and (peak > free or disk > room):
-        hint = "try memory.auto=true, more train.micro_batches or a smaller batch" if peak > free else (
+        hint = f"try {'' if auto else 'memory.auto=true, '}more train.micro_batches or a smaller batch" if peak > free else (
             "keep fewer checkpoints")
         raise ValueError(f"{key if peak > free else 'train.keep_checkpoints'}: the run {text}; {hint}, or start it anyway with "
                          "train.refuse_misfit=false")

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState, GradientState
 
 import train
 from latte import attention, config, diffusion, hardware, plan, trace
+from latte.codec import VideoCodec
 from latte.config import MemoryConfig
 
 ROOT = Path(__file__).parent.parent
@@ -171,6 +173,56 @@ def test_a_run_chooses_once_and_keeps_its_choice(tmp_path, monkeypatch, capsys):
     assert "memory: activations=0.25, as at this run's first launch" in capsys.readouterr().out
 
 
+@pytest.fixture
+def launched(tmp_path, easy):
+    """resolve() for a run whose first launch chose activations=0.25 for 17 GiB."""
+    def resolve(*overrides):
+        cfg = auto(17.0, f"run={tmp_path}", *overrides)
+        return plan.resolve(cfg, VideoCodec(cfg.codec, weights=False), CPU, 0, 1)
+
+    (tmp_path / "config.yaml").write_text(config.to_yaml(replace(auto(17.0), memory=resolve()[0])))
+    return resolve
+
+
+def test_a_later_launch_adds_what_its_config_says(launched):
+    assert launched() == (MemoryConfig(activations=0.25, limit_gib=17), "memory: activations=0.25, as at this run's first launch")
+    levers, said = launched("memory.optimizer_states=int8", "memory.ema=host", "memory.activations=0.5", "optim.grad_clip=0",
+                            "memory.optimizer_in_backward=true")
+    assert levers == MemoryConfig(activations=0.25, ema="host", optimizer_in_backward=True, optimizer_states="int8", limit_gib=17)
+    assert said.endswith(", as at this run's first launch (activations=0.25) and in the config")
+
+
+def test_a_choice_that_no_longer_fits_is_made_again(launched, easy, monkeypatch):
+    cost = trace.update
+
+    def larger(*given):
+        there = cost(*given)
+        return replace(there, peak=there.peak + 2 * GIB)
+
+    monkeypatch.setattr(trace, "update", larger)
+    levers, said = launched("stages.1.batch_size=4096")  # too large to be sure without a trace
+    assert levers.activations == 0
+    assert "activations=0.25, as at this run's first launch, no longer serves: 17.25 GiB of 17.00 GiB" in said
+
+
+def test_levers_that_the_config_no_longer_allows_are_chosen_again(launched, tmp_path):
+    kept = MemoryConfig(activations=0.25, optimizer_in_backward=True, limit_gib=17)
+    (tmp_path / "config.yaml").write_text(config.to_yaml(replace(auto(17.0, "optim.grad_clip=0"), memory=kept)))
+    levers, said = launched("optim.grad_clip=1")
+    assert levers == MemoryConfig(activations=0.25, limit_gib=17)
+    assert "no longer serves: memory.optimizer_in_backward: the norm of the whole gradient is known too late" in said
+
+
+def test_the_choice_of_an_older_version_is_read(launched, tmp_path):
+    older = config.to_dict(auto(17.0))
+    older.pop("memory")
+    older["train"]["checkpoint_blocks"] = True
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(older))
+    assert launched("memory.limit_gib=0")[0] == MemoryConfig(activations=0.0)
+    with pytest.raises(ValueError, match="train.checkpoint_blocks: unknown key"):
+        config.load(tmp_path / "config.yaml")
+
+
 def test_nothing_fits_is_said_before_anything_is_built(tmp_path, easy):
     with pytest.raises(ValueError, match=r"memory\.auto: memory: .* nothing that rounds nothing fits.*train\.refuse_misfit=false"):
         train.train(config.load(TINY, [*SHORT, f"run={tmp_path / 'run'}", "memory.auto=true", "memory.limit_gib=0.001"]))
@@ -182,6 +234,15 @@ def test_the_dry_run_prints_the_plan(capsys):
     assert "memory: no lever (fits as it is); 24.00 GiB to fit into on RTX 4090; speed assumed: 55% of the data sheet's" in said
     assert "auto: false" in said and "stages.1" in said
     assert train.main([str(TINY), "--dry-run", "--card", "abacus"]) == 1
+
+
+def test_a_refusal_does_not_advise_what_was_tried(tmp_path, easy, capsys):
+    tight = [str(TINY), "--dry-run", "memory.limit_gib=0.001", f"run={tmp_path}"]
+    assert train.main([*tight, "memory.auto=true"]) == train.main([*tight, "train.compile=true"]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("would be refused", "memory: "))]
+    assert "uncompiled" not in said[0] and "; try more train.micro_batches" in said[1]
+    assert "plan of uncompiled blocks" in said[2] and "; try memory.auto=true, more train.micro_batches" in said[3]
+    assert "a process with uncompiled blocks" in said[3]
 
 
 @pytest.mark.parametrize(("name", "card"), [
