@@ -308,9 +308,9 @@ class MemoryConfig:
     auto: bool = False  # the planner adds the cheapest levers, among those that round nothing, with which the run fits
     limit_gib: float = 0.0  # what it has to fit into, on each device; 0 = all that is free
     activations: float = 1.0  # share of the blocks' activations to keep, the dearest to recompute first; 1 = all, 0 = block inputs
-    offload: bool = False  # kept activations wait for the backward pass in host memory
-    tile_tokens: int = 0  # blocks work on so many tokens at a time and keep only their input; 0 = whole clips
-    mlp_chunks: int = 1  # the MLPs work on one such share of the tokens at a time and recompute it in the backward pass
+    offload: bool = False  # what is kept waits in host memory; with activations between 0 and 1 only block inputs do
+    tile_tokens: int = 0  # blocks work on so many tokens at a time and keep only their input, as with activations = 0; 0 = off
+    mlp_chunks: int = 1  # the MLPs work on one such share of the frames at a time and compute it again in the backward pass
     ema: Literal["device", "host"] = "device"  # where the moving average of the weights lives
     optimizer_in_backward: bool = False  # each weight is updated as soon as its gradient is there, which then goes
     optimizer_states: Literal["fp32", "bf16", "int8"] = "fp32"  # AdamW's moments; rounded
