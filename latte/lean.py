@@ -40,7 +40,7 @@ class Clip:
         if block.cross is not None and text is not None:
             heads = (2, block.cross.heads, -1)
             k, v = block.cross.kv(text[0, 0]).unflatten(-1, heads).permute(1, 2, 0, 3)[:, None]    # each [1 h l k]
-            self.k, self.v = block.cross.norm(k, k)[1], v
+            self.k, self.v = k, v
             self.bias = None if bias is None else bias.view(1, 1, 1, -1)
 
     def __call__(self, x: Tensor, axis: int, turn: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -85,7 +85,8 @@ def _self(attn: SelfAttention, h: Tensor, turn: tuple[Tensor, Tensor] | None) ->
 
 def _cross(cross: CrossAttention, x: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     q = cross.q(x).flatten(0, 1).unflatten(-1, (cross.heads, -1))                                  # [(g r) h k]
-    q = cross.norm(q, q)[0].transpose(0, 1)[None]                                                  # [1 h (g r) k]
+    q, k = cross.norm(q, k)
+    q = q.transpose(0, 1)[None]                                                                     # [1 h (g r) k]
     return _attention(q, k, v, bias, cross.backend)[0].transpose(0, 1).reshape(x.shape)
 
 
