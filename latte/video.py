@@ -43,7 +43,7 @@ def probe(path: str | Path, count: bool = False) -> VideoInfo:
 
     Raises ValueError naming the file if it is missing, damaged or holds no video.
     """
-    with _open(path) as container:
+    with opened(path) as container:
         stream = container.streams.video[0]
         width, height, codec = stream.codec_context.width, stream.codec_context.height, stream.codec_context.name
         fps = float(stream.average_rate or stream.guessed_rate or 0)
@@ -119,7 +119,7 @@ def write(path: str | Path, frames: np.ndarray, fps: float = 8.0, scale: int = 1
         raise ValueError(f"{path}: H.264 in yuv420p needs even sides, got {w * scale}x{h * scale}")
     rate = Fraction(fps).limit_denominator(1001)
     options = {"movflags": "+faststart"}  # the index in front, so that a browser starts before it has the whole file
-    with _renamed_when_whole(path) as part, av.open(str(part), "w", format="mp4", options=options) as container:
+    with renamed_when_whole(path) as part, av.open(str(part), "w", format="mp4", options=options) as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": "12"})
         stream.width, stream.height, stream.pix_fmt = w * scale, h * scale, "yuv420p"
         # Saying which matrix was used stops players, and read(), from guessing it by the size of the picture.
@@ -141,7 +141,7 @@ def animate(path: str | Path, frames: np.ndarray, fps: float = 8.0, scale: int =
     kind = Path(path).suffix.lower().lstrip(".")
     if kind not in ("gif", "webp"):
         raise ValueError(f"{path}: an animated picture ends in .gif or .webp")
-    with _renamed_when_whole(path) as part:
+    with renamed_when_whole(path) as part:
         images[0].save(part, format=kind, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
 
 
@@ -162,7 +162,7 @@ def contact_sheet(frames: np.ndarray, path: str | Path, columns: int = 8, rows: 
     count = min(len(frames), rows * columns)
     chosen = np.linspace(0, len(frames) - 1, count).round().astype(int)
     sheet = grid(frames[chosen][:, None], min(columns, count))[0]
-    with _renamed_when_whole(path) as part:
+    with renamed_when_whole(path) as part:
         Image.fromarray(sheet).save(part, format="png")
 
 
@@ -173,7 +173,7 @@ def _checked(frames: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def _renamed_when_whole(path) -> Iterator[Path]:
+def renamed_when_whole(path) -> Iterator[Path]:
     """A name beside `path` to write to; it becomes `path` if the block ends well and is removed if not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +185,8 @@ def _renamed_when_whole(path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def _open(path):
+def opened(path: str | Path) -> av.container.InputContainer:
+    """A container whose first video stream decodes on one thread. Raises ValueError naming a file that holds no video."""
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such video file")
     try:
@@ -236,7 +237,7 @@ def _decode(path, start_s: float = 0.0) -> Iterator[_Shown]:
     """Frames in order of presentation, from the key frame at or before start_s, or from the first if seeking fails."""
     end = 0.0
     try:
-        with _open(path) as container:
+        with opened(path) as container:
             stream = container.streams.video[0]
             origin = stream.start_time or 0
             step = float(1 / (stream.guessed_rate or stream.average_rate or 25))
@@ -269,7 +270,7 @@ def _times(path, backend: str) -> list[_Shown]:
     """When every frame is shown, by the packets of the file; one frame is decoded, for only a frame tells the rotation."""
     spans, turns = [], None
     try:
-        with _open(path) as container:
+        with opened(path) as container:
             stream = container.streams.video[0]
             base, origin, aspect = stream.time_base, stream.start_time or 0, float(stream.sample_aspect_ratio or 1)
             step = float(1 / (stream.guessed_rate or stream.average_rate or 25))
@@ -291,7 +292,7 @@ def _fetched(path, wanted: list[float], backend: str) -> Iterator[tuple[_Shown, 
 
     Both turn a picture upright; here it is turned back, so that it is scaled and cut as PyAV's is.
     """
-    module, needs, opened = _OTHERS[backend]
+    module, needs, reader = _OTHERS[backend]
     try:
         library = import_module(module)
     except (ImportError, OSError, RuntimeError) as error:
@@ -299,7 +300,7 @@ def _fetched(path, wanted: list[float], backend: str) -> Iterator[tuple[_Shown, 
     frames = _times(path, backend)
     chosen = list(_nearest(path, frames, wanted))  # a video that is too short is refused before any of it is decoded
     try:
-        count, fetch = opened(library, str(path))
+        count, fetch = reader(library, str(path))
         for shown, times in chosen:
             image, start = fetch(shown.frame)
             # decord's times are float32. It numbers frames that an edit list hides, and then shows the wrong ones.

@@ -175,7 +175,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "a.mp4"
     video.write(path, np.zeros((4, 16, 16, 3), np.uint8))
     before = path.read_bytes()
-    with pytest.raises(OSError, match="disk is full"), video._renamed_when_whole(path) as part:
+    with pytest.raises(OSError, match="disk is full"), video.renamed_when_whole(path) as part:
         part.write_bytes(b"half of it")
         raise OSError("disk is full")
     assert os.listdir(tmp_path) == ["a.mp4"] and path.read_bytes() == before
