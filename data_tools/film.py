@@ -143,7 +143,7 @@ def read(path: str | Path) -> Film:
                 problems["time that does not rise"] += 1
                 continue
             last = at
-            yield _picture(frame, at)
+            yield picture_of(frame, at)
 
     return Film(kind, pictures, problems)
 
@@ -159,7 +159,7 @@ def write(path: str | Path, film: Film, crf: int = 14, preset: str = "veryfast")
     options = {"movflags": "+faststart", "fflags": "+bitexact"}
     with renamed_when_whole(path) as part, av.open(str(part), "w", format="mp4", options=options) as container:
         for picture in film:
-            frame = _frame(picture, kind)
+            frame = frame_of(picture, kind)
             if stream is None:
                 if min(frame.width, frame.height) < 2:
                     raise ValueError(f"{path}: a video needs sides of 2 pixels and more, got {frame.width}x{frame.height}")
@@ -207,7 +207,8 @@ _FORMATS = {"420": "yuv420p", "nv12": "yuv420p", "nv21": "yuv420p", "p010": "yuv
             "422": "yuv422p", "411": "yuv422p", "uyvy": "yuv422p", "yuyv": "yuv422p", "nv16": "yuv422p", "gray": "gray"}
 
 
-def _picture(frame: av.VideoFrame, at_s: float) -> Picture:
+def picture_of(frame: av.VideoFrame, at_s: float) -> Picture:
+    """A decoded frame's planes; see `read` for what is kept."""
     name = frame.format.name
     wanted = next((target for part, target in _FORMATS.items() if part in name), "yuv444p")
     if name.removeprefix("yuvj").removeprefix("yuv") != wanted.removeprefix("yuv"):
@@ -226,7 +227,7 @@ def _plane(plane) -> np.ndarray:
     return np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:plane.height, :plane.width].copy()
 
 
-def _frame(picture: Picture, kind: Kind) -> av.VideoFrame:
+def frame_of(picture: Picture, kind: Kind) -> av.VideoFrame:
     """The upright yuv420p frame of a picture."""
     y, u, v = picture.y, picture.u, picture.v
     h, w = y.shape[0] // 2 * 2, y.shape[1] // 2 * 2

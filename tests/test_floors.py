@@ -22,7 +22,8 @@ FLOORS = [
     {"latte.pipeline", "latte.plan"},
     {"train", "sample", "latte.evaluate", "latte.reproduce", "latte.app"},
 ]
-FOR_DATA_TOOLS = {"latte.config", "latte.video", "latte.world", "latte.text", "latte.codec", "latte.clips", "latte.cached"}
+FOR_DATA_TOOLS = {"latte.config", "latte.video", "latte.world", "latte.text", "latte.codec", "latte.clips", "latte.cached",
+                  "latte.keyed"}
 
 
 def python_files(*places):

@@ -1,0 +1,1 @@
+"""CleanBench: damage with known truth on procedural scenes and real clips; ours beside the tools that people use today."""
