@@ -9,6 +9,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -20,6 +21,7 @@ from av.video.reformatter import ColorRange
 
 from latte.video import opened, renamed_when_whole
 
+EPS_S = 1e-6
 TICKS = 90_000  # a second, in written files: exact for every usual rate
 
 
@@ -106,16 +108,18 @@ def to_clip(pictures: Iterable[Picture], limit: int | None = None) -> Clip:
     return Clip(*(np.stack(part) for part in zip(*chosen, strict=True)))
 
 
-def read(path: str | Path) -> Film:
-    """The film in a file. What cannot be decoded is left out and counted in `problems`.
+def read(path: str | Path, start_s: float = 0.0, end_s: float = math.inf) -> Film:
+    """The film in a file, or its span from start_s up to end_s, whose first picture is then at 0 s.
+
+    What cannot be decoded is left out and counted in `problems`.
 
     Pictures of more than 8 bits are rounded to 8; RGB becomes YUV 4:4:4; the number of chroma lines stays. Pictures whose size
     differs from the first one's are left out. Times rise strictly: a picture without a time follows the one before it by
-    1 / rate, and one that does not come later is left out. Raises ValueError naming the file when it is missing, holds no video
-    or no picture of it can be decoded.
+    1 / rate, and one that does not come later is left out. Raises ValueError naming the file when it is missing, holds no video,
+    no picture of it can be decoded or none lies in the span.
     """
     problems: Counter = Counter()
-    first = next(_frames(path, problems), None)
+    first = next(frames(path, problems), None)
     if first is None:
         raise ValueError(f"{path}: no picture of it can be decoded")
     with opened(path) as container:
@@ -132,8 +136,9 @@ def read(path: str | Path) -> Film:
 
     def pictures():
         problems.clear()
-        last = -math.inf
-        for frame in _frames(path, problems):
+        last, begun = -math.inf, None
+        near = origin + math.floor(start_s / base) if start_s > 5 and origin is not None else None
+        for frame in frames(path, problems, near):
             if (frame.width, frame.height) != (kind.width, kind.height):
                 problems["picture of another size"] += 1
                 continue
@@ -143,9 +148,44 @@ def read(path: str | Path) -> Film:
                 problems["time that does not rise"] += 1
                 continue
             last = at
-            yield picture_of(frame, at)
+            if at >= end_s - EPS_S:
+                return
+            if at >= start_s - EPS_S:
+                begun = at if begun is None else begun
+                yield picture_of(frame, at - begun)
 
-    return Film(kind, pictures, problems)
+    film = Film(kind, pictures, problems)
+    if start_s > 0 and next(iter(film), None) is None:
+        raise ValueError(f"{path}: no picture of it lies between {start_s:g} and {end_s:g} s")
+    return film
+
+
+def held(film: Film, mib: float = 600) -> Film:
+    """The same film; if all its pictures fit into so many MiB, they are made once and kept, else made anew each time."""
+    kept: list[Picture] = []
+    state = {"whole": False, "fits": True}
+
+    def pictures():
+        if state["whole"]:
+            yield from kept
+            return
+        filling, used = state["fits"] and not kept, 0
+        for picture in film:
+            if filling:
+                used += picture.y.nbytes + picture.u.nbytes + picture.v.nbytes
+                filling = state["fits"] = used <= mib * 2**20
+                kept.append(picture) if filling else kept.clear()
+            yield picture
+        state["whole"] = filling
+
+    def restarted():  # a pass that was given up half-way leaves nothing behind
+        try:
+            yield from pictures()
+        finally:
+            if not state["whole"]:
+                kept.clear()
+
+    return replace(film, pictures=restarted)
 
 
 def write(path: str | Path, film: Film, crf: int = 14, preset: str = "veryfast") -> int:
@@ -179,10 +219,16 @@ def write(path: str | Path, film: Film, crf: int = 14, preset: str = "veryfast")
     return count
 
 
-def _frames(path, problems: Counter) -> Iterator[av.VideoFrame]:
-    """What can be decoded, in order of presentation; damaged packets are passed over and counted."""
+def frames(path: str | Path, problems: Counter, near: int | None = None) -> Iterator[av.VideoFrame]:
+    """What can be decoded, in order of presentation; damaged packets are passed over and counted in `problems`.
+
+    near: a time in the stream's units; decoding may start at the key frame before it. Raises ValueError as `read` does."""
     with opened(path) as container:
-        packets = container.demux(container.streams.video[0])
+        stream = container.streams.video[0]
+        if near is not None:
+            with suppress(av.error.FFmpegError):
+                container.seek(near, stream=stream)
+        packets = container.demux(stream)
         while True:
             try:
                 packet = next(packets, None)

@@ -11,7 +11,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from data_tools import film as films
 from data_tools.film import Film, Picture
 from latte.video import renamed_when_whole
 
-VERSION = version("latte")
+VERSION = "1"  # of the repairs: raised when one of them gives other pixels than before
 
 
 @dataclass
@@ -69,8 +68,13 @@ def finish(source: Path, outcome: Outcome, started: Film, out: Path | None, repo
         else:
             films.write(out, outcome.film, crf)
     if report is not None:
-        with renamed_when_whole(report) as part:
-            part.write_text(json.dumps(outcome.report(), indent=1, default=float) + "\n")
+        write_json(report, outcome.report())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON beside `path`, then renames; numpy's numbers are taken too."""
+    with renamed_when_whole(path) as part:
+        part.write_text(json.dumps(value, indent=1, default=float) + "\n")
 
 
 def main(stage: Callable[..., Outcome], parser: argparse.ArgumentParser, argv: list[str] | None = None) -> int:
