@@ -15,6 +15,7 @@ import numpy as np
 
 from data_tools.film import Clip, Kind, Picture, frame_of, picture_of
 from latte import keyed
+from latte.video import REPEATABLE
 
 ORDERS = ("tff", "bff")  # which field is shown first: the one of lines 0, 2, ... (top) or the other
 
@@ -332,9 +333,10 @@ def encode(clip: Clip, out, crf: int = 23, codec: str = "libx264", interlaced: s
     """Writes a clip with its times to a path or a file object; see `coded`. options: the codec's own."""
     kind = Kind(width=clip.y.shape[2], height=clip.y.shape[1], rate=Fraction(clip.rate).limit_denominator(1001))
     with av.open(out, "w", format=form) as container:
-        chosen = ({"crf": str(crf), "preset": "veryfast"} if codec == "libx264" else {}) | options
-        if interlaced and codec == "libx264":
-            chosen["x264-params"] = f"{interlaced}=1"
+        chosen = dict(options)
+        if codec == "libx264":
+            fields = f":{interlaced}=1" if interlaced else ""
+            chosen = {"crf": str(crf), "preset": "veryfast", "x264-params": REPEATABLE + fields} | chosen
         stream = container.add_stream(codec, rate=kind.rate, options=chosen)
         stream.width, stream.height, stream.pix_fmt = kind.width, kind.height, pixels
         stream.codec_context.thread_count = 1

@@ -19,7 +19,7 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange
 
-from latte.video import opened, renamed_when_whole
+from latte.video import REPEATABLE, opened, renamed_when_whole
 
 EPS_S = 1e-6
 TICKS = 90_000  # a second, in written files: exact for every usual rate
@@ -160,32 +160,41 @@ def read(path: str | Path, start_s: float = 0.0, end_s: float = math.inf) -> Fil
     return film
 
 
-def held(film: Film, mib: float = 600) -> Film:
-    """The same film; if all its pictures fit into so many MiB, they are made once and kept, else made anew each time."""
+def held(film: Film, mib: float = 600, spill: Path | None = None) -> Film:
+    """The same film, made but once if all its pictures fit into so many MiB: they are kept then.
+
+    One that does not fit is made anew each time, or, with `spill`, written losslessly to that file the first time, in YUV 4:2:0.
+    """
     kept: list[Picture] = []
     state = {"whole": False, "fits": True}
 
-    def pictures():
+    def kept_or_made():
         if state["whole"]:
-            yield from kept
-            return
-        filling, used = state["fits"] and not kept, 0
-        for picture in film:
-            if filling:
-                used += picture.y.nbytes + picture.u.nbytes + picture.v.nbytes
-                filling = state["fits"] = used <= mib * 2**20
-                kept.append(picture) if filling else kept.clear()
-            yield picture
-        state["whole"] = filling
+            return iter(kept)
+        if state["fits"] and not kept:
+            return keeping()
+        return iter(film)
 
-    def restarted():  # a pass that was given up half-way leaves nothing behind
+    def keeping():
+        used = 0
         try:
-            yield from pictures()
+            for picture in film:
+                if state["fits"]:
+                    used += sum(plane.nbytes for plane in picture[:3])
+                    state["fits"] = used <= mib * 2**20
+                    kept.append(picture) if state["fits"] else kept.clear()
+                yield picture
+            state["whole"] = state["fits"]
         finally:
             if not state["whole"]:
                 kept.clear()
 
-    return replace(film, pictures=restarted)
+    def spilled():
+        if not state["fits"] and not spill.exists():
+            write(spill, film, crf=0, preset="ultrafast")
+        return read(spill).pictures() if spill.exists() else kept_or_made()
+
+    return replace(film, pictures=spilled if spill else kept_or_made)
 
 
 def write(path: str | Path, film: Film, crf: int = 14, preset: str = "veryfast") -> int:
@@ -203,7 +212,8 @@ def write(path: str | Path, film: Film, crf: int = 14, preset: str = "veryfast")
             if stream is None:
                 if min(frame.width, frame.height) < 2:
                     raise ValueError(f"{path}: a video needs sides of 2 pixels and more, got {frame.width}x{frame.height}")
-                stream = container.add_stream("libx264", rate=kind.rate, options={"crf": str(crf), "preset": preset})
+                chosen = {"crf": str(crf), "preset": preset, "x264-params": REPEATABLE}
+                stream = container.add_stream("libx264", rate=kind.rate, options=chosen)
                 stream.codec_context.thread_count = 1
                 stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, "yuv420p"
                 stream.codec_context.time_base = stream.time_base = Fraction(1, TICKS)

@@ -24,7 +24,7 @@ from latte import clips, video
 
 TEXT = pa.string()
 SCHEMA = pa.schema([
-    pa.field("id", TEXT, nullable=False),  # hash of the file's bytes and the span
+    pa.field("id", TEXT, nullable=False),  # hash of the bytes and the span of the file that was listed first; edits keep it
     pa.field("source", TEXT),  # the collection it is from
     pa.field("source_id", TEXT),  # its name there
     pa.field("path", TEXT, nullable=False),  # from the manifest's folder
@@ -34,12 +34,13 @@ SCHEMA = pa.schema([
     pa.field("height", pa.int32()),
     pa.field("fps", pa.float64()),  # average
     pa.field("frames", pa.int64()),
-    pa.field("field_order", TEXT),  # progressive, tff, bff, telecine; null = not looked at
+    pa.field("field_order", TEXT),  # what data_tools.deinterlace found in the source: progressive, tff, ...; null = not looked at
     pa.field("caption", TEXT),  # the one to train on
     pa.field("caption_source", TEXT),  # file, or the captioner
     pa.field("captions", pa.struct([(name, TEXT) for name in ("short", "dense", "camera", "subjects", "style", "events")])),
     pa.field("scores", pa.map_(TEXT, pa.float64())),
-    pa.field("edits", pa.list_(pa.struct([("step", TEXT), ("settings", TEXT), ("version", TEXT)]))),  # done to the pixels
+    # What was done to the pixels, in order; settings are JSON, the confidence is 0 to 1, the version that of data_tools.stage
+    pa.field("edits", pa.list_(pa.struct([("step", TEXT), ("settings", TEXT), ("confidence", pa.float64()), ("version", TEXT)]))),
     pa.field("dropped", TEXT),  # the reason, or null
     pa.field("licence", TEXT),
     pa.field("sha256", TEXT),  # of the file

@@ -128,7 +128,7 @@ def _look(path: Path, found: Probe) -> None:
             ("full range", not full and (found.levels[0] < 10 or found.levels[1] > 245), f"levels {found.levels}"),
             ("narrow range", full and not last.format.is_rgb and found.levels[0] in (15, 16, 17) and 224 < found.levels[1] < 237,
              f"levels {found.levels}"),
-            ("interlaced flags", found.flagged > 0, f"{found.flagged:.0%} of the pictures, order {found.flagged_order or 'unknown'}"),
+            ("interlaced flags", found.flagged, f"{found.flagged:.0%} of the pictures, order {found.flagged_order or 'unknown'}"),
             ("mixed flags", 0 < found.flagged < 1, f"{order_changes} changes"),
             ("deep", deep > 8, f"{deep} bits"),
             ("rotated", last.rotation % 360, f"{last.rotation} degrees"),

@@ -21,6 +21,8 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from PIL import Image
 
 BACKENDS = ("pyav", "decord", "torchcodec")  # the default first; benchmarks/decode.py says why
+# x264's macroblock tree reads memory that nobody wrote where the height is no multiple of 16: equal frames give unequal files.
+REPEATABLE = "mbtree=0"
 EPS_S = 1e-6  # a time this close to the middle of two frames belongs to the earlier one, whatever the rounding
 
 
@@ -120,7 +122,7 @@ def write(path: str | Path, frames: np.ndarray, fps: float = 8.0, scale: int = 1
     rate = Fraction(fps).limit_denominator(1001)
     options = {"movflags": "+faststart"}  # the index in front, so that a browser starts before it has the whole file
     with renamed_when_whole(path) as part, av.open(str(part), "w", format="mp4", options=options) as container:
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "12"})
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "12", "x264-params": REPEATABLE})
         stream.width, stream.height, stream.pix_fmt = w * scale, h * scale, "yuv420p"
         # Saying which matrix was used stops players, and read(), from guessing it by the size of the picture.
         stream.codec_context.colorspace, stream.codec_context.color_range = Colorspace.ITU709, ColorRange.MPEG

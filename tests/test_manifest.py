@@ -18,7 +18,7 @@ WHOLE = {"id": "a", "source": "films", "source_id": "a.mp4", "path": "films/a.mp
          "height": 48, "fps": 23.976, "frames": 60, "field_order": "tff", "caption": "a red ball", "caption_source": "file",
          "captions": {"short": "ball", "dense": None, "camera": "still", "subjects": None, "style": None, "events": None},
          "scores": {"sharpness": 0.5, "motion": 1.25},
-         "edits": [{"step": "deinterlace", "settings": '{"taps": 5}', "version": "1"}],
+         "edits": [{"step": "deinterlace", "settings": '{"taps": 5}', "confidence": 0.9, "version": "1"}],
          "dropped": None, "licence": "CC0", "sha256": "0" * 64}
 
 
