@@ -8,8 +8,10 @@ data.path=OUT.parquet.
 
 import argparse
 import hashlib
+import itertools
 import os
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,17 @@ from tqdm import tqdm
 
 from latte import clips, video
 
+ROWS = 8192  # that are held at a time
 TEXT = pa.string()
 SCHEMA = pa.schema([
     pa.field("id", TEXT, nullable=False),  # hash of the bytes and the span of the file that was listed first; edits keep it
     pa.field("source", TEXT),  # the collection it is from
     pa.field("source_id", TEXT),  # its name there
-    pa.field("path", TEXT, nullable=False),  # from the manifest's folder
+    pa.field("video", TEXT),  # the name there of the whole video that the clip is a span of
+    pa.field("from_s", pa.float64()),  # that span, in seconds of the whole video
+    pa.field("to_s", pa.float64()),
+    pa.field("url", TEXT),  # of the whole video
+    pa.field("path", TEXT),  # from the manifest's folder; null only where the clip is dropped for want of a file
     pa.field("start_s", pa.float64()),  # from the file's first frame
     pa.field("end_s", pa.float64()),
     pa.field("width", pa.int32()),  # upright, in square pixels
@@ -39,6 +46,7 @@ SCHEMA = pa.schema([
     pa.field("caption_source", TEXT),  # file, or the captioner
     pa.field("captions", pa.struct([(name, TEXT) for name in ("short", "dense", "camera", "subjects", "style", "events")])),
     pa.field("scores", pa.map_(TEXT, pa.float64())),
+    pa.field("tags", pa.map_(TEXT, TEXT)),  # what else the source says: language, category, the words of its times, ...
     # What was done to the pixels, in order; settings are JSON, the confidence is 0 to 1, the version that of data_tools.stage
     pa.field("edits", pa.list_(pa.struct([("step", TEXT), ("settings", TEXT), ("confidence", pa.float64()), ("version", TEXT)]))),
     pa.field("dropped", TEXT),  # the reason, or null
@@ -49,42 +57,58 @@ SCHEMA = pa.schema([
 
 def read(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a manifest. Raises ValueError naming the file when it is missing, damaged or of another schema."""
+    return [row for rows in batches(path) for row in rows]
+
+
+def batches(path: str | Path, size: int = ROWS) -> Iterator[list[dict[str, Any]]]:
+    """The rows of a manifest that may be too long for memory, so many at a time. Errors as in `read`."""
     try:
-        table = pq.read_table(path)
-        if set(table.column_names) != set(SCHEMA.names):
-            wrong = sorted(set(table.column_names) ^ set(SCHEMA.names))
-            raise ValueError(f"{path}: not a manifest of this version; columns missing or unknown: {', '.join(wrong)}")
-        return table.select(SCHEMA.names).cast(SCHEMA).to_pylist(maps_as_pydicts="strict")
+        with pq.ParquetFile(path) as file:
+            if set(file.schema_arrow.names) != set(SCHEMA.names):
+                wrong = sorted(set(file.schema_arrow.names) ^ set(SCHEMA.names))
+                raise ValueError(f"{path}: not a manifest of this version; columns missing or unknown: {', '.join(wrong)}")
+            for group in file.iter_batches(size, columns=SCHEMA.names):
+                table = pa.Table.from_batches([group]).select(SCHEMA.names)
+                yield table.cast(SCHEMA).to_pylist(maps_as_pydicts="strict")
     except FileNotFoundError:
         raise ValueError(f"{path}: no such manifest") from None
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read as a manifest ({error})") from None
 
 
-def write(path: str | Path, rows: list[dict[str, Any]]) -> None:
-    """Writes rows beside `path`, then renames. A column that a row lacks is null.
+def write(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Writes rows beside `path`, then renames; gives their number. A column that a row lacks is null.
 
-    Raises ValueError naming the row's unknown column or wrong value, OSError with the path when it cannot be written.
+    Only some rows are held at a time. Raises ValueError naming the row's unknown column or wrong value, OSError with the path
+    when it cannot be written.
     """
-    path = Path(path)
-    for row in rows:
-        unknown = sorted(set(row) - set(SCHEMA.names))
-        if unknown or not row.get("id") or not row.get("path"):
-            raise ValueError(f"{path}: a row needs id and path and knows no {', '.join(unknown) or 'others'}: {row}")
-    try:
-        table = pa.Table.from_pylist(rows, SCHEMA)
-    except (pa.ArrowException, TypeError) as error:
-        raise ValueError(f"{path}: a value does not fit the manifest's schema ({error})") from None
+    path, count, rows = Path(path), 0, iter(rows)
     beside = path.with_name(f"{path.name}.writing")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, beside)
+        with pq.ParquetWriter(beside, SCHEMA) as file:
+            while group := list(itertools.islice(rows, ROWS)):
+                file.write_table(_table(path, group))
+                count += len(group)
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
         os.rename(beside, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise OSError(f"{path}: could not be written ({error})") from error
+    finally:
+        beside.unlink(missing_ok=True)
+    return count
+
+
+def _table(path: Path, rows: list[dict[str, Any]]) -> pa.Table:
+    for row in rows:
+        unknown = sorted(set(row) - set(SCHEMA.names))
+        if unknown or not row.get("id") or not (row.get("path") or row.get("dropped")):
+            raise ValueError(f"{path}: a row needs id and path (or dropped) and knows no {', '.join(unknown) or 'others'}: {row}")
+    try:
+        return pa.Table.from_pylist(rows, SCHEMA)
+    except (pa.ArrowException, TypeError) as error:
+        raise ValueError(f"{path}: a value does not fit the manifest's schema ({error})") from None
 
 
 def row(path: Path, caption: str, folder: Path, out: Path) -> dict[str, Any]:

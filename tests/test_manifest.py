@@ -14,10 +14,11 @@ from latte import video
 from latte.clips import FileClips
 from latte.config import DataConfig, ShapeConfig
 
-WHOLE = {"id": "a", "source": "films", "source_id": "a.mp4", "path": "films/a.mp4", "start_s": 1.5, "end_s": 4.0, "width": 64,
+WHOLE = {"id": "a", "source": "films", "source_id": "a.mp4", "video": "a", "from_s": 11.5, "to_s": 14.0, "url": "https://example.org/a",
+         "path": "films/a.mp4", "start_s": 1.5, "end_s": 4.0, "width": 64,
          "height": 48, "fps": 23.976, "frames": 60, "field_order": "tff", "caption": "a red ball", "caption_source": "file",
          "captions": {"short": "ball", "dense": None, "camera": "still", "subjects": None, "style": None, "events": None},
-         "scores": {"sharpness": 0.5, "motion": 1.25},
+         "scores": {"sharpness": 0.5, "motion": 1.25}, "tags": {"language": "en"},
          "edits": [{"step": "deinterlace", "settings": '{"taps": 5}', "confidence": 0.9, "version": "1"}],
          "dropped": None, "licence": "CC0", "sha256": "0" * 64}
 
@@ -73,11 +74,10 @@ def test_a_wrong_row_is_refused_and_the_old_file_stays(tmp_path, change, message
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     manifest.write(tmp_path / "m.parquet", [WHOLE])
 
-    def full(table, path):
-        Path(path).write_bytes(b"half")
+    def full(file, table):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(pq, "write_table", full)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
     with pytest.raises(OSError, match=r"m\.parquet: could not be written"):
         manifest.write(tmp_path / "m.parquet", [])
     assert [path.name for path in tmp_path.iterdir()] == ["m.parquet"] and manifest.read(tmp_path / "m.parquet") == [WHOLE]
