@@ -1,6 +1,5 @@
 """Manifests: what is written is read back, no clip vanishes, and training reads them."""
 
-from pathlib import Path
 
 import av
 import numpy as np
@@ -79,7 +78,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
     with pytest.raises(OSError, match=r"m\.parquet: could not be written"):
-        manifest.write(tmp_path / "m.parquet", [])
+        manifest.write(tmp_path / "m.parquet", [WHOLE | {"id": "b"}])
     assert [path.name for path in tmp_path.iterdir()] == ["m.parquet"] and manifest.read(tmp_path / "m.parquet") == [WHOLE]
 
 
