@@ -4,8 +4,8 @@
 
 A flat bar has one colour at every place and time, and ends along a straight line on whose other side the picture differs from it
 for nearly all of its length. Dark scenes, night skies and letters on black do not: their borders are ragged or fade.
-A padded bar is smooth and ends in a step that stays in place; it is believed only when enlarging and blurring what is inside explains
-it (the usual recipe of converters to another shape: scale to cover, blur, dim, lay the picture over it).
+A padded bar is smooth and ends in a step that stays in place; it is believed only when the inside, enlarged and blurred, explains it
+(the usual recipe of converters to another shape: scale to cover, blur, dim, lay the picture over it).
 What fits neither stays. Bars are found on interlaced films too: cut them after de-interlacing, or in steps of 4 lines.
 """
 
@@ -254,7 +254,7 @@ def _steps(step: np.ndarray) -> list[tuple[int, float]]:
 
 
 def _explained(thumbs: np.ndarray, box: Box) -> float:
-    """Share of the bars' variance that the enlarged and blurred inside explains by one gain and offset; the best of usual blurs.
+    """Share of the bars' variance that the enlarged and blurred inside explains by one gain; the best of usual blurs.
 
     The worse of the two halves of the bars, the upper or the lower, counts.
     """
@@ -293,9 +293,9 @@ def _enlarged(thumb: np.ndarray, box: Box, cover: bool) -> np.ndarray:
 
 
 def _fit(given: np.ndarray, wanted: np.ndarray) -> float:
-    """Share of the variance of `wanted` that gain * given + offset explains with a gain of 0.3 to 1.2; 0 when it has none."""
+    """Share of the variance within each picture [f n] that gain * given explains with a gain of 0.3 to 1.2; 0 when it has none."""
     for trial in range(2):
-        x, y = given - given.mean(), wanted - wanted.mean()
+        x, y = given - given.mean(1, keepdims=True), wanted - wanted.mean(1, keepdims=True)  # a fade explains nothing
         gain = float((x * y).mean() / max(float(np.square(x).mean()), 1e-6))
         left = np.square(y - gain * x)
         if trial == 0:  # again without the worst places: a logo
