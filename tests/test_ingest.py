@@ -1,0 +1,167 @@
+"""Lists of open video sets become manifests: every layout, exact times, files by several habits, bad lines counted."""
+
+import csv
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_tools import ingest, manifest
+
+ID = "a_b-C_d-E_f"  # eleven characters, as YouTube's are
+
+
+def rows_of(kind, path, out, **options):
+    counts = ingest.ingest(kind, path, out / "m.parquet", **options)
+    return manifest.read(out / "m.parquet"), counts
+
+
+def write_csv(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("00:02:33.133", 153.133), ("2:33.133", 153.133), ("33.1", 33.1), (12, 12.0), ("01:00:00,5", 3600.5), ("PT00H00M17S", 17.0),
+    ("PT1M2.5S", 62.5), ("10:00:00.001", 36000.001)])
+def test_times(text, value):
+    assert ingest.seconds(text) == value
+
+
+def test_times_that_are_none():
+    for text in ("", "1:2:x", "PTx", "later"):
+        with pytest.raises(ingest.Bad, match="not a time"):
+            ingest.seconds(text)
+
+
+def test_internvid(tmp_path):
+    lines = [{"YoutubeID": ID, "Start_timestamp": "00:02:33.133", "End_timestamp": "00:02:37.937", "Caption": "a  dog\nruns ",
+              "Aesthetic_Score": 4.7, "UMT_Score": 0.44},
+             {"YoutubeID": "-_456789012", "Start_timestamp": "00:00:00.000", "End_timestamp": "00:00:09.500", "Caption": "",
+              "Language": "en", "Category": "Music"},
+             {"YoutubeID": ID, "Start_timestamp": "00:00:05.000", "End_timestamp": "00:00:04.000", "Caption": "backwards"},
+             {"YoutubeID": ID, "End_timestamp": "00:00:04.000", "Caption": "no start"}]
+    path = tmp_path / "flt.jsonl"
+    path.write_text("\n".join([json.dumps(lines[0]), "{broken", *map(json.dumps, lines[1:]), json.dumps(lines[0]), "", "[1, 2]"]))
+    rows, counts = rows_of("internvid", path, tmp_path)
+    assert counts == {"clips": 2, "no file": 2, "bad lines": 4, "repeated": 1}
+    first, second = rows
+    assert (first["video"], first["from_s"], first["to_s"], first["caption"]) == (ID, 153.133, 157.937, "a dog runs")
+    assert first["scores"] == {"UMT_Score": 0.44, "Aesthetic_Score": 4.7}
+    assert first["tags"] == {"start": "00:02:33.133", "end": "00:02:37.937"}
+    assert first["licence"].startswith("CC-BY-NC-SA")
+    assert second["tags"]["language"] == "en"
+    assert second["scores"] == {}
+    assert second["caption"] is None
+    assert len({row["id"] for row in rows}) == 2
+
+
+@pytest.mark.parametrize("habit", ["{id}_{start}_{end}", "{id}_{bare_start}_{bare_end}", "{id}_{dash_start}_{dash_end}", "{id}"])
+def test_files_are_found_by_several_habits(tmp_path, habit):
+    start, end = "00:00:02.500", "00:00:06.000"
+    name = habit.format(id=ID, start=start, end=end, bare_start=start.replace(":", ""), bare_end=end.replace(":", ""),
+                        dash_start=start.replace(":", "-"), dash_end=end.replace(":", "-"))
+    (tmp_path / "videos" / "deep").mkdir(parents=True)
+    (tmp_path / "videos" / "deep" / f"{name}.mp4").touch()
+    (tmp_path / "videos" / "a_b.mp4").touch()  # begins alike
+    (tmp_path / "l.jsonl").write_text(json.dumps({"YoutubeID": ID, "Start_timestamp": start, "End_timestamp": end, "Caption": "c"}))
+    (row,), _ = rows_of("internvid", tmp_path / "l.jsonl", tmp_path, files=tmp_path / "videos")
+    assert row["path"] == f"videos/deep/{name}.mp4"
+    assert (row["start_s"], row["end_s"]) == ((2.5, 6.0) if habit == "{id}" else (0.0, 3.5))
+    assert (row["from_s"], row["to_s"], row["dropped"]) == (2.5, 6.0, None)
+
+
+def test_panda(tmp_path):
+    path = write_csv(tmp_path / "p.csv", [
+        {"videoID": ID, "url": f"https://youtu.be/{ID}",
+         "timestamp": "[['0:00:01.000', '0:00:04.5'], ['0:01:00.25', '0:01:09.75']]", "caption": "['one, two', \"it's\"]", "matching_score": "[0.4, 0.5]", "desirable_filtering": "['desirable', 'still']",
+         "shot_boundary_detection": "[[[0, 1]], [[0, 1]]]"},
+        {"videoID": "x", "url": "u", "timestamp": "[['0:00:01', '0:00:02']]", "caption": "['a', 'b']", "matching_score": "[1]",
+         "desirable_filtering": "[1]", "shot_boundary_detection": "[1]"},
+        {"videoID": "y", "url": "u", "timestamp": "__import__('os')", "caption": "", "matching_score": "",
+         "desirable_filtering": "", "shot_boundary_detection": ""}])
+    rows, counts = rows_of("panda", path, tmp_path)
+    assert [(row["from_s"], row["to_s"], row["caption"]) for row in rows] == [(1.0, 4.5, "one, two"), (60.25, 69.75, "it's")]
+    assert rows[1]["tags"]["desirable"] == "still"
+    assert rows[1]["scores"] == {"matching_score": 0.5}
+    assert counts["bad lines"] == 2
+
+
+def test_openvid_koala_webvid(tmp_path):
+    (tmp_path / "v").mkdir()
+    for name in (f"{ID}_3_30to120.mp4", "celebv_x1.mp4"):
+        (tmp_path / "v" / name).touch()
+    about = {"caption": "c", "aesthetic score": "5.1", "motion score": "", "temporal consistency score": "0.9",
+             "camera motion": "pan_left", "frame": "90", "fps": "30.0", "seconds": "3.0"}
+    path = write_csv(tmp_path / "o.csv", [{"video": name} | about for name in (f"{ID}_3_30to120.mp4", "celebv_x1.mp4")])
+    rows, _ = rows_of("openvid", path, tmp_path, files=tmp_path / "v")
+    assert (rows[0]["video"], rows[0]["from_s"], rows[0]["to_s"], rows[0]["start_s"], rows[0]["end_s"]) == (ID, 1.0, 4.0, 0.0, 3.0)
+    assert rows[0]["scores"] == {"aesthetic_score": 5.1, "temporal_consistency_score": 0.9}
+    assert (rows[0]["captions"]["camera"], rows[0]["fps"], rows[0]["frames"]) == ("pan_left", 30.0, 90)
+    assert (rows[1]["video"], rows[1]["from_s"], rows[1]["path"]) == ("celebv_x1", None, "v/celebv_x1.mp4")
+    path = write_csv(tmp_path / "k.csv", [
+        {"videoID": f"{ID}_12", "url": "u", "timestamp": "['0:00:10.0', '0:00:22.5']", "caption": "c", "clarity_score": "0.9",
+         "aesthetic_score": "4", "motion_score": "2", "video_training_suitability_score": "3.5"}])
+    (row,), _ = rows_of("koala", path, tmp_path)
+    assert (row["video"], row["source_id"], row["from_s"], row["to_s"]) == (ID, f"{ID}_12", 10.0, 22.5)
+    assert row["scores"]["video_training_suitability"] == 3.5
+    (tmp_path / "v" / "1-10").mkdir()
+    (tmp_path / "v" / "1-10" / "77.mp4").touch()
+    path = write_csv(tmp_path / "w.csv", [{"videoid": "77", "name": "c", "page_idx": "0", "page_dir": "1-10",
+                                           "duration": "PT00H00M17S", "contentUrl": "u"}])
+    (row,), _ = rows_of("webvid", path, tmp_path, files=tmp_path / "v")
+    assert (row["path"], row["to_s"]) == ("v/1-10/77.mp4", 17.0)
+
+
+def test_vript_mira_hdvg(tmp_path):
+    (tmp_path / "vript").mkdir()
+    scene = {"video_id": ID, "clip_id": "1", "video_title": "t", "voiceover": ["hello", "you"],
+             "caption": {"shot_type": "close", "camera_movement": "still", "content": "a man", "scene_title": "man"}}
+    (tmp_path / "vript" / f"{ID}.json").write_text(json.dumps({"meta": {}, "data": {f"{ID}-Scene-001": scene}}))
+    (tmp_path / "vript" / f"{ID}_cut_meta.json").write_text(json.dumps({f"{ID}-Scene-001": {"start": 1.5, "end": "00:00:04"}}))
+    (tmp_path / "vript" / "broken.json").write_text("{")
+    (row,), counts = rows_of("vript", tmp_path / "vript", tmp_path)
+    assert (row["from_s"], row["to_s"], row["captions"]["camera"], row["tags"]["voiceover"]) == (1.5, 4.0, "still", "hello you")
+    assert counts["bad lines"] == 1
+    words = {f"{name}_caption": name for name in ("main_object", "background", "style", "camera", "short", "dense")}
+    frames = {"index": "3", "video_id": ID, "start_frame": "50", "end_frame": "150", "fps": "25"}
+    path = write_csv(tmp_path / "m0.csv", [frames | words])
+    (row,), _ = rows_of("mira0", path, tmp_path)
+    assert (row["from_s"], row["to_s"], row["caption"], row["captions"]["subjects"]) == (2.0, 6.0, "dense", "main_object")
+    path = write_csv(tmp_path / "m1.csv", [{"clip_id": "9", "source": "youtube", "video_url": "u", "video_id": ID, "width": "1280",
+                                            "height": "720", "fps": "30", "seconds": "3", "timestamp": "['0:00:02', '0:00:05']",
+                                            "frame_number": "90", "framestamp": "[0, 90]", "file_path": "a/b.mp4"} | words])
+    (row,), _ = rows_of("mira1", path, tmp_path)
+    assert (row["from_s"], row["to_s"], row["width"], row["frames"]) == (2.0, 5.0, 1280, 90)
+    scenes = [{"clip_id": f"{ID}.0_0", "scene_cut": [0, 100], "caption": "x"},
+              {"clip_id": f"{ID}.0_1", "scene_cut": [100, -1], "caption": "y"}]
+    clip = {"span": ["00:00:10.000", "00:00:20.000"], "fps": 25, "scene_split": scenes}
+    (tmp_path / "h.json").write_text(json.dumps({ID: {"clip": {f"{ID}.0.mp4": clip}}}))
+    rows, _ = rows_of("hdvg", tmp_path / "h.json", tmp_path)
+    assert [(row["from_s"], row["to_s"]) for row in rows] == [(10.0, 14.0), (14.0, 20.0)]
+
+
+def test_video2dataset_and_tables(tmp_path):
+    table = {"url": [f"https://www.youtube.com/watch?v={ID}"], "caption": ["c"], "clips": [[[1.0, 2.5], [3.0, 4.0]]]}
+    pq.write_table(pa.table(table), tmp_path / "v.parquet")
+    rows, _ = rows_of("video2dataset", tmp_path / "v.parquet", tmp_path)
+    assert [(row["video"], row["from_s"], row["to_s"]) for row in rows] == [(ID, 1.0, 2.5), (ID, 3.0, 4.0)]
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "a.mp4").touch()
+    path = write_csv(tmp_path / "t.csv", [{"file": "a.mp4", "text": "c", "score": "0.5", "start": "", "end": ""},
+                                          {"file": "", "text": "c", "score": "0.5", "start": "", "end": ""}])
+    (row,), counts = rows_of("table", path, tmp_path, files=tmp_path / "v")
+    assert (row["path"], row["caption"], row["scores"], row["start_s"]) == ("v/a.mp4", "c", {"score": 0.5}, None)
+    assert counts["bad lines"] == 1
+
+
+def test_bad_words_are_refused(tmp_path, capsys):
+    assert ingest.main(["intervid", "x", str(tmp_path / "m.parquet")]) == 1
+    assert "intervid: no such kind of list; there are internvid" in capsys.readouterr().err
+    assert ingest.main(["internvid", str(tmp_path / "x.jsonl"), str(tmp_path / "m.parquet")]) == 1
+    assert "no such list" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
