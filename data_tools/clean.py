@@ -3,10 +3,10 @@
     python -m data_tools.clean IN.mp4 --out OUT.mp4 --report R.json
     python -m data_tools.clean FOLDER_OR_MANIFEST.parquet --out FOLDER --workers 2
 
-The order: bars are found, fields and cadences are mended, then what time and tape did, then bars are cut off, then tickers and
-burned text. Each repair proves itself or is not made. A clip with nothing to do keeps its own file. A clip that cannot be cleaned
-keeps its row, with the reason in `dropped`; it never stops the others. The same command again goes on where it was stopped: what
-is done is found in OUT/rows and not done twice, and the result is the same to the byte.
+The order: fields and cadences, what time and tape did, bars, tickers, burned text, a user's network. Each repair proves itself or
+is not made. A clip with nothing to do keeps its own file. A clip that cannot be cleaned keeps its row, with the reason in `dropped`;
+it never stops the others. The same command again goes on where it was stopped: what is done is found in OUT/rows and not done
+twice, and the result is the same to the byte.
 """
 
 import argparse
@@ -71,13 +71,11 @@ def clean(film: Film, settings: Settings, scratch: Path | None = None) -> Outcom
             done.film = films.held(outcome.film, settings.held_mib, spill)
         return outcome
 
-    box = bars.find(film) if settings.overlays else None
     fields = run("deinterlace", deinterlace, grade=settings.grade, rate=settings.rate)
     done.verdict, done.confidence = fields.verdict, fields.confidence
     run("restore", restore.restore)
-    if box is not None:
-        run("bars", bars.cropped, box)
     if settings.overlays:
+        run("bars", bars.bars)
         run("ticker", ticker.ticker)
         run("overlay", overlay.overlay)
     if settings.network:

@@ -78,7 +78,8 @@ def test_files_are_found_by_several_habits(tmp_path, habit):
 def test_panda(tmp_path):
     path = write_csv(tmp_path / "p.csv", [
         {"videoID": ID, "url": f"https://youtu.be/{ID}",
-         "timestamp": "[['0:00:01.000', '0:00:04.5'], ['0:01:00.25', '0:01:09.75']]", "caption": "['one, two', \"it's\"]", "matching_score": "[0.4, 0.5]", "desirable_filtering": "['desirable', 'still']",
+         "timestamp": "[['0:00:01.000', '0:00:04.5'], ['0:01:00.25', '0:01:09.75']]",
+         "caption": "['one, two', \"it's\"]", "matching_score": "[0.4, 0.5]", "desirable_filtering": "['desirable', 'still']",
          "shot_boundary_detection": "[[[0, 1]], [[0, 1]]]"},
         {"videoID": "x", "url": "u", "timestamp": "[['0:00:01', '0:00:02']]", "caption": "['a', 'b']", "matching_score": "[1]",
          "desirable_filtering": "[1]", "shot_boundary_detection": "[1]"},
