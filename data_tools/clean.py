@@ -15,12 +15,13 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import TimeoutError as Overdue
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -79,7 +80,8 @@ def clean(film: Film, settings: Settings, scratch: Path | None = None) -> Outcom
         run("ticker", ticker.ticker)
         run("overlay", overlay.overlay)
     if settings.network:
-        run("network", networks.through, settings.network)
+        kind = "function" if re.fullmatch(r"[\w.]+:\w+", settings.network) else "command"
+        run("network", networks.networks, **{kind: settings.network})
     if not done.edits and done.dropped is None:
         done.notes.append("nothing to do")
     return done
@@ -94,10 +96,11 @@ def cleaned(source: Path, settings: Settings, start_s: float = 0.0, end_s: float
 
 
 def clean_rows(rows: list[dict[str, Any]], folder: Path, out: Path, settings: Settings, workers: int = 1,
-               timeout_s: float = 3600) -> list[dict[str, Any]]:
+               timeout_s: float = 3600, job: Callable[..., None] | None = None) -> list[dict[str, Any]]:
     """Cleans the clips of a manifest whose paths start at `folder`; gives its rows as they are for a manifest in `out`.
 
     out/clips/ID.mp4 are the repaired clips, out/rows/ID.json what became of every clip that was looked at, with its report.
+    job: what a worker does with a row; `clean_row` unless given.
     """
     for name in ("clips", "rows"):
         (out / name).mkdir(parents=True, exist_ok=True)
@@ -108,7 +111,7 @@ def clean_rows(rows: list[dict[str, Any]], folder: Path, out: Path, settings: Se
     pool = ProcessPool(max_workers=workers, max_tasks=64, initializer=_one_thread, context=context)
     try:
         with tqdm(total=len(rows), initial=len(rows) - len(todo), desc="clean", unit=" clips", disable=None) as bar:
-            jobs = [(row, pool.schedule(_job, (row, folder, out, settings, key), timeout=timeout_s)) for row in todo]
+            jobs = [(row, pool.schedule(job or clean_row, (row, folder, out, settings, key), timeout=timeout_s)) for row in todo]
             for row, job in jobs:
                 try:
                     job.result()
@@ -144,7 +147,8 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _job(row: dict[str, Any], folder: Path, out: Path, settings: Settings, key: str) -> None:
+def clean_row(row: dict[str, Any], folder: Path, out: Path, settings: Settings, key: str) -> None:
+    """Cleans one clip and leaves its record in out/rows. Never raises for what the clip holds."""
     source = folder / row["path"]
     start, end = row.get("start_s") or 0.0, row.get("end_s")
     span = (start, end) if end is not None and not _whole(row) else (0.0, math.inf)
