@@ -206,6 +206,82 @@ def mistimed(clip: Clip, seed: int, repeats: float = 0.12, drops: float = 0.05, 
     return (out._replace(at_s=clip.at_s[shown]) if honest else out), shown
 
 
+class Join(NamedTuple):
+    """Where one shot becomes the next, or a flash that is none: pictures first .. last - 1 show neither shot alone."""
+
+    kind: str  # of JOINS
+    first: int
+    last: int  # equal to first for a cut, which lies before picture `first`
+
+
+JOINS = ("cut", "dissolve", "fade", "wipe", "whip", "flash")
+
+
+def edited(shots: list[Clip], kinds: list[str], seed: int) -> tuple[Clip, list[Join]]:
+    """Shots of one size in a row; kinds[i], one of JOINS, says how shot i becomes the next. And where.
+
+    A dissolve takes 6 to 24 pictures of both shots, a fade to black and back 12 to 30, a wipe 8 to 20, a whip 5 to 9: the first
+    shot is swept aside, blurred, and the second one in. A flash whitens two pictures some time before a cut. Raises ValueError
+    for a shot that is too short.
+    """
+    rng, joins = keyed.rng(seed, "edit"), []
+    out = shots[0]
+    for shot, kind in zip(shots[1:], kinds, strict=True):
+        least, most = {"dissolve": (6, 24), "fade": (12, 30), "wipe": (8, 20), "whip": (5, 9)}.get(kind, (0, 0))
+        n = int(rng.integers(least, most + 1))
+        if min(len(out.y), len(shot.y)) < n + 12:
+            raise ValueError(f"a {kind} of {n} pictures needs shots of {n + 12} and more, got {len(shot.y)}")
+        end = len(out.y)
+        if kind == "flash":
+            at = end - 10 - int(rng.integers(0, 3))
+            out = out._replace(y=out.y.copy())
+            out.y[at:at + 2] = np.minimum(out.y[at:at + 2].astype(np.int16) + 150, 235)
+            joins += [Join("flash", at, at + 2), Join("cut", end, end)]
+        elif kind in ("dissolve", "wipe"):
+            out, shot = _mixed(out, shot, n, kind), shot.take(slice(n, None))
+            joins.append(Join(kind, end - n, end))
+        elif kind in ("fade", "whip"):
+            half = n // 2
+            out, shot = _left(out, half, kind), _left(shot, half, kind, entering=True)
+            joins.append(Join(kind, end - half, end + half))
+        else:
+            joins.append(Join("cut", end, end))
+        out = Clip(*(np.concatenate(parts) for parts in zip(out[:3], shot[:3], strict=True)), np.empty(0))
+    return out._replace(at_s=np.arange(len(out.y)) / shots[0].rate), joins
+
+
+def _mixed(before: Clip, after: Clip, n: int, kind: str) -> Clip:
+    """`before`, whose last n pictures turn into the first n of `after`."""
+    share = ((np.arange(n) + 1) / (n + 1)).astype(np.float32)[:, None, None]
+
+    def joined(first, second):
+        weight = share
+        if kind == "wipe":
+            weight = np.arange(first.shape[2])[None, None] < share * first.shape[2]
+        mixed = first[-n:] * (1 - weight) + second[:n] * weight
+        return np.concatenate([first[:-n], np.rint(mixed).astype(np.uint8)])
+
+    return Clip(*(joined(*planes) for planes in zip(before[:3], after[:3], strict=True)), np.empty(0))
+
+
+def _left(clip: Clip, n: int, kind: str, entering: bool = False) -> Clip:
+    """A clip that fades to black or is swept aside over its last n pictures, or comes so over its first n."""
+    away = (np.arange(n) + 1) / n  # 1 is gone
+
+    def gone(planes, dark):
+        chosen = planes[:n] if entering else planes[-n:]
+        out = []
+        for plane, share in zip(chosen, away[::-1] if entering else away, strict=True):
+            if kind == "fade":
+                out.append(np.rint(dark + (plane.astype(np.float32) - dark) * (1 - share)).astype(np.uint8))
+            else:
+                swept = np.roll(plane, int((1 if entering else -1) * share * 0.6 * plane.shape[1]), 1)
+                out.append(cv2.blur(swept, (int(share * plane.shape[1] / 6) * 2 + 1, 1)))
+        return np.concatenate([np.stack(out), planes[n:]] if entering else [planes[:-n], np.stack(out)])
+
+    return Clip(*(gone(planes, dark) for planes, dark in zip(clip[:3], (16, 128, 128), strict=True)), np.empty(0))
+
+
 # Tape
 
 def ghosted(clip: Clip, a: float | np.ndarray, chroma: bool = True) -> Clip:

@@ -1,5 +1,6 @@
 """Films, damage with known truth, measures, the probe: what all cleaning stages stand on."""
 
+import itertools
 import json
 from collections import Counter
 from fractions import Fraction
@@ -194,6 +195,23 @@ def test_bars_leave_the_box_alone(clip):
         assert not np.array_equal(barred.y[:, :top], clip.y[:, :top])
         chroma = np.s_[:, top // 2:bottom // 2, left // 2:right // 2]
         assert np.array_equal(barred.u[chroma], clip.u[chroma])
+
+
+def test_edits_say_where_they_are():
+    shots = [degrade.synth(30 + i, 50, 48, 64) for i in range(7)]
+    film_, joins = degrade.edited(shots, list(degrade.JOINS), 4)
+    assert [join.kind for join in joins] == ["cut", "dissolve", "fade", "wipe", "whip", "flash", "cut"]
+    spent = sum(join.last - join.first for join in joins if join.kind in ("dissolve", "wipe"))
+    assert len(film_.y) == 7 * 50 - spent
+    assert np.array_equal(film_.y[:50], shots[0].y)
+    assert np.array_equal(film_.y[50:joins[1].first], shots[1].y[:joins[1].first - 50])
+    fade = joins[2]
+    assert film_.y[(fade.first + fade.last) // 2 - 1].max() == 16
+    assert np.array_equal(film_.y[-50:], shots[-1].y)
+    for join, after in itertools.pairwise(joins):
+        assert join.last < after.first
+    with pytest.raises(ValueError, match="a fade of"):
+        degrade.edited([shots[0], shots[1].take(slice(0, 12))], ["fade"], 0)
 
 
 # Measures
