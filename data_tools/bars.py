@@ -4,7 +4,7 @@
 
 A flat bar has one colour at every place and time, and ends along a straight line on whose other side the picture differs from it
 for nearly all of its length. Dark scenes, night skies and letters on black do not: their borders are ragged or fade.
-A padded bar is smooth and ends in a step that stays in place; it is believed only when the inside, enlarged and blurred, explains it
+A padded bar ends in a step that stays in place; it is believed only when the inside, enlarged and blurred, explains it
 (the usual recipe of converters to another shape: scale to cover, blur, dim, lay the picture over it).
 What fits neither stays. Bars are found on interlaced films too: cut them after de-interlacing, or in steps of 4 lines.
 """
