@@ -6,7 +6,7 @@
 
 A function takes uint8 RGB [f h w 3] and gives uint8 RGB [f H W 3] of as many pictures, H / h = W / w. A class is a torch module
 that does the same with float32 [f 3 h w] from 0 to 1. Either runs in a process of its own, so what it does to memory or crashes on
-cannot take the cleaning with it. A command is such a process that you write yourself; it reads from stdin and answers on stdout until
+cannot take the cleaning with it. A command is such a process of your own; it reads from stdin and answers on stdout until
 stdin ends:
 
     one line of JSON {"count": 16, "height": 360, "width": 640, "first": 0} and then count * height * width * 3 bytes, RGB;
