@@ -1,0 +1,413 @@
+"""Which fields belong together: progressive, interlaced, telecined, shifted, or parts of each, told by content alone.
+
+Four fields meet between two pictures: top and bottom lines of the earlier one and of the later one. How well a top and a bottom
+field fit together (the lines between its lines against the other's, as FFmpeg's idet and every field matcher ask) says how far
+apart in time they were taken. The four distances at a gap, in blocks where something moves and scaled to 0..1, are (later top -
+earlier bottom, within the earlier, within the later, earlier top - later bottom): (1 0 0 1) for progressive pictures,
+(0 0 0 1) when the top field is first, (1 0 0 0) when the bottom one is, and each gap of a pulldown has its own such mark. A
+repeated picture and a still one weigh nothing, and a coder that smooths combs away moves a mark towards (1 0 0 1), but never makes
+that one lean to a side. The most likely run of marks is found by dynamic programming (Viterbi 1967), in which changing the cadence
+costs something and changing the kind costs more.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from data_tools.degrade import PULLDOWNS
+from data_tools.film import Film, Picture
+
+BLOCK = 8, 16  # lines of a field and sampled columns of a block
+COLUMNS = 320  # at least as many columns are sampled
+CELLS = 6, 3  # rows and columns of cells in which evidence is summed, so that parts of a picture can differ
+COMB, DETAIL = 4.0, 1.0  # fields are unlike when they differ by more levels than COMB + DETAIL of what lines of one field differ
+LEAST, SHARE = 1.0, 0.2  # a block counts when its distances differ by more levels than LEAST + SHARE of the smallest one
+
+
+H = 0.55  # where the distance of two neighbouring film pictures lies on the way to that of the ones around them
+MARKS = np.array([(1, 0, 0, 1),  # progressive
+                  (0, 0, 0, 1), (0, 0, 1, 1), (0, H, H, 1), (0, 1, 0, 1), (0, H / 2, H / 2, 1),  # top first: video; into,
+                  #                                                       within, out of shifted film; within, smoothed
+                  (1, 0, 0, 0), (1, 0, 1, 0), (1, H, H, 0), (1, 1, 0, 0), (1, H / 2, H / 2, 0)], np.float32)  # bottom first
+FAST = len(MARKS)  # the vote that comes after those for marks
+FAR = 0.25  # squared distance from which on a block is near no mark
+
+
+class Evidence(NamedTuple):
+    """What is kept of a film of f pictures: small numbers for each of its f - 1 gaps."""
+
+    votes: np.ndarray  # [f-1, cells, FAST + 1] blocks that speak, by the mark that is nearest; float16
+    weights: np.ndarray  # [f-1, cells] blocks that speak, those near no mark too
+    change: np.ndarray  # [f-1] mean difference of a field to the same lines a picture later, levels
+
+
+def fields_of(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Top and bottom lines of a plane [h w], of evenly spaced columns."""
+    step, even = max(1, y.shape[1] // COLUMNS), y.shape[0] // 2 * 2
+    return np.ascontiguousarray(y[0:even:2, ::step]), np.ascontiguousarray(y[1:even:2, ::step])
+
+
+class Halves(NamedTuple):
+    """The two fields of a picture, each also where the other one's lines are."""
+
+    top: np.ndarray  # [m w] from the second line on
+    top_between: np.ndarray  # [m w] means of neighbouring lines of the top field, at the bottom lines
+    bottom: np.ndarray  # [m w] without the last line
+    bottom_between: np.ndarray  # [m w] at the lines of `top`
+
+
+def blocks_of(levels: np.ndarray) -> np.ndarray:
+    """Means of blocks, float32; what does not fill a block is left off."""
+    lines, columns = BLOCK
+    down, across = levels.shape[0] // lines, levels.shape[1] // columns
+    return cv2.resize(levels[:down * lines, :across * columns].astype(np.float32), (across, down), interpolation=cv2.INTER_AREA)
+
+
+def apart(one: Halves, other: Halves) -> np.ndarray:
+    """Distances in blocks, float32, between the top field of one picture and the bottom field of another, levels."""
+    return blocks_of(cv2.add(cv2.absdiff(one.top_between, other.bottom), cv2.absdiff(one.top, other.bottom_between),
+                             dtype=cv2.CV_16U)) / 2
+
+
+def detail(field: Halves) -> np.ndarray:
+    """Differences in blocks, float32, between neighbouring lines of one field, levels."""
+    return 2 * blocks_of(cv2.absdiff(field.top, field.top_between))
+
+
+def gather(pictures: Iterator[Picture]) -> Evidence:
+    """Goes through the pictures once; what is too small for a block gives no evidence."""
+    votes, weights, change, last = [], [], [], None
+    for picture in pictures:
+        top, bottom = fields_of(picture.y)
+        if len(top) <= BLOCK[0] or top.shape[1] < BLOCK[1]:
+            top, bottom = (np.zeros((BLOCK[0] + 1, BLOCK[1]), np.uint8) for _ in range(2))
+        now = Halves(top[1:], cv2.addWeighted(top[:-1], 0.5, top[1:], 0.5, 0), bottom[:-1],
+                     cv2.addWeighted(bottom[:-1], 0.5, bottom[1:], 0.5, 0))
+        own, fine = apart(now, now), detail(now)
+        if last is not None:
+            before, last_own, last_fine = last
+            cast = _cast(np.stack([apart(now, before), last_own, own, apart(before, now)]), np.maximum(fine, last_fine),
+                         blocks_of(cv2.absdiff(now.bottom, before.bottom)))
+            votes.append(cast[:, :-1].astype(np.float16))
+            weights.append(cast.sum(1).astype(np.float16))
+            change.append(float(cv2.absdiff(now.bottom, before.bottom).mean()))
+        last = now, own, fine
+    shape = len(votes), CELLS[0] * CELLS[1], FAST + 1
+    return Evidence(np.array(votes).reshape(shape), np.array(weights).reshape(shape[:2]), np.array(change))
+
+
+def _cast(distances: np.ndarray, fine: np.ndarray, change: np.ndarray) -> np.ndarray:
+    """The votes of blocks with the four distances [4 down across]: [cells, marks + 2], the last one for no mark at all.
+
+    Where things move so fast that all fields are equally unlike, far beyond their own detail, the vote is FAST.
+    """
+    low = distances.min(0)
+    spread = distances.max(0) - low
+    speaks = np.maximum(spread - LEAST - SHARE * low, 0) / np.maximum(spread, 1e-6)
+    scaled = ((distances - low) / np.maximum(spread, 1e-6)).reshape(4, -1)
+    away = ((scaled[None] - MARKS[:, :, None]) ** 2).sum(1)
+    nearest = np.where(away.min(0) < FAR, away.argmin(0), FAST + 1)
+    comb = np.minimum(distances[1], distances[2])
+    unlike = np.maximum(np.minimum(comb, 2 * change) - COMB - DETAIL * fine, 0) / np.maximum(comb, 1e-6)
+    nearest = np.where((speaks == 0).ravel(), FAST, nearest)
+    speaks = np.where(speaks == 0, unlike, speaks)
+    down, across = (np.arange(n) * cells // n for n, cells in zip(low.shape, CELLS, strict=True))
+    place = (down[:, None] * CELLS[1] + across).ravel() * (FAST + 2) + nearest
+    return np.bincount(place, speaks.ravel(), CELLS[0] * CELLS[1] * (FAST + 2)).reshape(-1, FAST + 2)
+
+
+class Mode(NamedTuple):
+    """One hypothesis: the marks of its gaps in turn, as numbers of MARKS; STILL where a gap repeats a picture."""
+
+    verdict: str
+    order: str  # of fields; "" where it does not matter
+    pattern: str  # of a pulldown
+    marks: tuple[int, ...]
+
+
+def mark_of(earlier: tuple[float, float], later: tuple[float, float]) -> int:
+    """The mark nearest to the distances at a gap, from the times (top, bottom), in pictures, at which its fields were taken."""
+    times = np.abs([later[0] - earlier[1], earlier[0] - earlier[1], later[0] - later[1], earlier[0] - later[1]])
+    distances = np.interp(times, (0, 0.5, 1, 1.5, 2), (0, 0.35, 0.6, 0.8, 1))
+    distances = (distances - distances.min()) / np.ptp(distances)
+    return int(np.square(MARKS - distances).sum(1).argmin())
+
+
+@cache
+def modes() -> tuple[Mode, ...]:
+    """All hypotheses, the plain ones first."""
+    out = [Mode("progressive", "", "", (mark_of((0, 0), (1, 1)),))]
+    for order, lag in (("tff", 0.5), ("bff", -0.5)):
+        out.append(Mode(order, order, "", (mark_of((0, lag), (1, 1 + lag)),)))
+        out.append(Mode("shifted", order, "2:2", (mark_of((0, 2 * lag), (1, 1 + 2 * lag)),)))
+    for order in ("tff", "bff"):
+        for pattern in ("2:3", "2:3:3:2", "euro"):
+            held = PULLDOWNS[pattern]
+            for skipped in ((0, 1) if sum(held) % 2 == 0 else (0,)):
+                out.append(Mode("telecine", order, pattern, _pulled(held, order, skipped)))
+    return tuple(out)
+
+
+def _pulled(held: tuple[int, ...], order: str, skipped: int) -> tuple[int, ...]:
+    """The marks of a whole cycle of a pulldown whose first `skipped` fields are left off."""
+    period = sum(held) * (2 if sum(held) % 2 else 1)
+    sequence = [i for i in range(2 * period) for _ in range(held[i % len(held)])][skipped:]
+    pairs = [tuple(sequence[2 * k:2 * k + 2][::1 if order == "tff" else -1]) for k in range(period // 2 + 1)]
+    return tuple(mark_of(a, b) for a, b in itertools.pairwise(pairs))
+
+
+# Hypotheses over time
+
+BREAK, SWITCH = 6.0, 14.0  # what a break of the cadence and a change of the mode cost, in units of log likelihood
+FEW = 4.0  # blocks that speak at a gap for half of its full weight
+SMOOTHED = (0.1, 0.4, 0.6, 0.8)  # shares of combs that a coder may have smoothed away
+
+
+@cache
+def _likelihoods(smoothed: float) -> np.ndarray:
+    """log P(vote | true mark), [FAST, FAST + 1], where a coder smoothed a share of the combs away; slow film looks like video."""
+    out = np.full((FAST, FAST + 1), 0.006)
+    out[0, 0] = 0.93
+    for side in (range(1, 6), range(6, 11)):
+        video, inward, inside, outward, smooth = side
+        out[side] = 0.003
+        out[video, [*side, FAST]] = 0.4, 0.14, 0.03, 0.14, 0.19, 0.1
+        out[inward, side] = 0.02, 0.9, 0.03, 0.004, 0.03
+        out[inside, side] = 0.03, 0.14, 0.33, 0.14, 0.33
+        out[smooth] = out[inside]
+        out[outward, side] = 0.02, 0.004, 0.03, 0.9, 0.03
+    out[1:] = smoothed * out[0] + (1 - smoothed) * out[1:]
+    return np.log(out)
+
+
+class States(NamedTuple):
+    """All modes' gaps, one after the other."""
+
+    mark: np.ndarray  # of each state
+    mode: np.ndarray  # its mode
+    before: np.ndarray  # the state that comes before it in the mode's turn
+    first: np.ndarray  # of each mode, its first state
+
+
+@cache
+def _states() -> States:
+    lengths = [len(mode.marks) for mode in modes()]
+    first = np.cumsum([0, *lengths[:-1]])
+    before = np.concatenate([start + (np.arange(n) - 1) % n for start, n in zip(first, lengths, strict=True)])
+    return States(np.concatenate([mode.marks for mode in modes()]), np.repeat(np.arange(len(lengths)), lengths), before, first)
+
+
+class Path(NamedTuple):
+    """One explanation of a film."""
+
+    states: np.ndarray  # [n]
+    likelihood: float  # log
+    scores: np.ndarray  # [n marks]
+
+
+def scores_of(votes: np.ndarray, weights: np.ndarray, smoothed: float) -> np.ndarray:
+    """Log likelihoods [n, marks] of each true mark at each gap, from votes [n, FAST + 1] and the weight [n] of all blocks."""
+    return votes / np.maximum(weights, 0.5)[:, None] @ _likelihoods(smoothed).T * (weights / (weights + FEW))[:, None]
+
+
+def follow(scores: np.ndarray, allowed: np.ndarray) -> tuple[np.ndarray, float]:
+    """The most likely state at each gap [n] and its log likelihood, given `scores_of` [n, marks]; allowed: bool [modes]."""
+    states = _states()
+    forbidden = np.where(allowed[states.mode], 0, -np.inf)
+    came = np.empty((len(scores), len(forbidden)), np.int16)
+    cost = forbidden  # a change that could as well come later comes later: no evidence is left to what was before
+    for t, score in enumerate(scores):
+        best = np.maximum.reduceat(cost, states.first)
+        stay, again, anew = cost[states.before], best[states.mode] - BREAK, best.max() - SWITCH
+        came[t] = np.where(stay > np.maximum(again, anew) + 1e-6, states.before, np.where(again >= anew, -1, -2))
+        for k in np.flatnonzero(came[t] < 0) if t else ():
+            among = cost if came[t, k] == -2 else np.where(states.mode == states.mode[k], cost, -np.inf)
+            came[t, k] = among.argmax()
+        cost = np.maximum(np.maximum(stay, again), anew) + score[states.mark] + forbidden
+    path = np.zeros(len(scores), int)
+    for t in range(len(scores) - 1, -1, -1):
+        path[t] = came[t + 1, path[t + 1]] if t + 1 < len(scores) else cost.argmax()
+    return path, float(cost.max())
+
+
+def likeliest(votes: np.ndarray, weights: np.ndarray, allowed: np.ndarray, smoothed: tuple[float, ...] = SMOOTHED) -> Path:
+    """The best of the paths through votes [n, FAST + 1] with weights [n], each taken for a share of combs that is smoothed away."""
+    paths = []
+    for share in smoothed:
+        scores = scores_of(votes, weights, share)
+        paths.append(Path(*follow(scores, allowed), scores))
+    return max(paths, key=lambda path: path.likelihood)
+
+
+def lean_of(votes: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+    """By how much of all weight the votes lean to the top field first (below 0: to the other), and that in standard errors.
+
+    Whatever a coder, noise or a pattern of lines does to progressive pictures, it does to both sides alike.
+    """
+    side = votes[:, 1:6].sum(1) - votes[:, 6:FAST].sum(1)
+    share = side / np.maximum(weights, FEW)
+    return float(side.sum() / max(weights.sum(), FEW)), float(share.mean() * len(share)**0.5 / np.hypot(share.std(), 0.1)) \
+        if len(share) else 0.0
+
+
+# The verdict
+
+LEAN, SURE = 0.03, 2.5  # share of all weight, and standard errors, by which votes lean to one side in what is not progressive
+VIDEO, PART, MARGIN = 0.4, 0.05, 8.0  # hybrids: share of a cell's votes that are of video, share of all weight that each of the two
+#                                      parts has, and log likelihood by which each is better explained its own way
+KINDS = {"tff": "interlaced", "bff": "interlaced", "shifted": "telecine"}  # verdicts whose kind is not their own name
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Pictures first .. last - 1 that share a verdict."""
+
+    first: int
+    last: int
+    verdict: str  # progressive, tff, bff, telecine, shifted, hybrid, or unknown where nothing moves
+    confidence: float  # 0 to 1
+    order: str = ""  # tff or bff: which field is shown first, where it matters
+    pattern: str = ""  # of a pulldown: 2:2, 2:3, 2:3:3:2 or euro
+    phase: int = 0  # of the segment's first picture in the pattern, in pictures
+    lean: float = 0.0  # share of votes for the top field first, less that for the bottom field: -1 to 1
+
+    @property
+    def kind(self) -> str:
+        """progressive, interlaced, telecine, hybrid or unknown."""
+        return KINDS.get(self.verdict, self.verdict)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The segments of a film, and what is true of it as a whole."""
+
+    verdict: str  # that of most of it; hybrid where its parts are of different kinds; progressive where nothing moves
+    confidence: float  # 0 to 1
+    segments: tuple[Segment, ...]
+
+
+def analyse(film: Film) -> Analysis:
+    """Goes through a film once and tells which fields of it belong together."""
+    return judge(gather(iter(film)))
+
+
+def judge(evidence: Evidence) -> Analysis:
+    """The verdict on a film's evidence. A shot cut is none, and what never moves is progressive with confidence 0."""
+    quiet = _cuts(evidence.change)
+    votes = np.where(quiet[:, None, None], 0, evidence.votes).astype(np.float32)
+    weights = np.where(quiet[:, None], 0, evidence.weights).astype(np.float32)
+    whole, weight = votes.sum(1), weights.sum(1)
+    path, _, scores = likeliest(whole, weight, np.ones(len(modes()), bool))
+    for first, last in _runs(path):
+        span = np.s_[first:last]
+        share, errors = lean_of(whole[span], weight[span])
+        plain = modes()[_states().mode[path[first]]].order == ""
+        if plain and abs(share) >= LEAN and abs(errors) >= SURE:  # combs that a coder all but smoothed away
+            side = "tff" if share > 0 else "bff"
+            path[span], _, scores[span] = likeliest(whole[span], weight[span], np.array([mode.order == side for mode in modes()]))
+    segments = []
+    for first, last in _runs(path):
+        segments.append(_segment(path[first:last], votes[first:last], weights[first:last], scores[first:last], first))
+    segments = _joined(segments, len(scores) + 1, quiet, weight)
+    return _summed(segments)
+
+
+def _cuts(change: np.ndarray) -> np.ndarray:
+    """Where a shot ends: gaps [n] at which much more changes than at the two before and after."""
+    padded = np.pad(change, 2)
+    around = np.max([padded[:-4], padded[1:-3], padded[3:-1], padded[4:]], axis=0)
+    return change > 3 * around + 6 if len(change) > 1 else np.zeros(len(change), bool)
+
+
+def _runs(path: np.ndarray) -> list[tuple[int, int]]:
+    """First and last + 1 of each stretch of one mode."""
+    mode = _states().mode[path]
+    edges = [0, *(np.flatnonzero(np.diff(mode)) + 1).tolist(), len(path)]
+    return [(a, b) for a, b in itertools.pairwise(edges) if b > a]
+
+
+def _segment(path: np.ndarray, votes: np.ndarray, weights: np.ndarray, scores: np.ndarray, first: int) -> Segment:
+    """What a stretch of one mode says, from its part of path [n], votes [n cells FAST + 1], weights [n cells], scores [n FAST]."""
+    last, whole, weight = first + len(path), votes.sum(1), weights.sum(1)
+    if weight.sum() < FEW:
+        return Segment(first, last, "unknown", 0.0)
+    parts = _parts(votes, weights)
+    if parts is not None:
+        mode, phase = _mode_at(parts)
+        share, _ = lean_of(whole, weight)
+        return Segment(first, last, "hybrid", 0.9, mode.order or ("tff" if share > 0 else "bff"), mode.pattern, phase, share)
+    mode, phase = _mode_at(path)
+    share, errors = lean_of(whole, weight)
+    if mode.order and min(share / LEAN, errors / SURE, key=abs) * (1 if mode.order == "tff" else -1) < 1:
+        mode, phase = modes()[0], 0
+    if mode.order:
+        sure = 1 - np.exp(-abs(errors) / 4)
+    else:
+        others = max(scores[:, other.marks[0]].sum() for other in modes() if len(other.marks) == 1 and other.order)
+        sure = 1 - np.exp(-max(scores[:, 0].sum() - others, 0) / MARGIN)
+    return Segment(first, last, mode.verdict, float(sure), mode.order, mode.pattern, phase, share)
+
+
+def _mode_at(path: np.ndarray) -> tuple[Mode, int]:
+    """The mode that a path starts with, and the place in its turn."""
+    mode = _states().mode[path[0]]
+    return modes()[mode], int(path[0] - _states().first[mode])
+
+
+def _parts(votes: np.ndarray, weights: np.ndarray) -> np.ndarray | None:
+    """The path of the film where some cells are video and the others film; None where all are alike."""
+    total, everything = weights.sum(0), weights.sum()
+    for video in (1, 6):
+        combed = votes[:, :, [video, FAST]].sum((0, 2)) > VIDEO * np.maximum(total, FEW)
+        if not PART * everything < total[combed].sum() < (1 - PART) * everything:
+            continue
+        (of_video, some), (of_film, rest) = ((votes[:, part].sum(1), weights[:, part].sum(1)) for part in (combed, ~combed))
+        every = np.ones(len(modes()), bool)
+        plain, film = (likeliest(*part, every) for part in ((of_video, some), (of_film, rest)))
+        if modes()[_states().mode[plain.states[0]]].marks != (video,):
+            continue
+        mode, share = _mode_at(film.states)[0], abs(lean_of(of_film, rest)[0])
+        as_video = likeliest(of_film, rest, np.array([other.marks == (video,) for other in modes()]))
+        if film.likelihood > as_video.likelihood + MARGIN and (mode.verdict in ("telecine", "shifted") or share < 0.02):
+            return film.states
+    return None
+
+
+def _joined(segments: list[Segment], pictures: int, cuts: np.ndarray, weight: np.ndarray) -> list[Segment]:
+    """Segments of gaps made segments of pictures; neighbours that say the same, or nothing, become one."""
+    out = []
+    for segment in segments:
+        start = segment.first
+        while start > 0 and not cuts[start - 1] and weight[start - 1] < 0.5:
+            start -= 1
+        segment = replace(segment, first=start if start and cuts[start - 1] else segment.first)
+        alike = out and (out[-1].verdict, out[-1].order, out[-1].pattern) == (segment.verdict, segment.order, segment.pattern)
+        if (out and segment.verdict == "unknown") or alike:
+            out[-1] = replace(out[-1], last=segment.last)
+        elif out and out[-1].verdict == "unknown":
+            out[-1] = replace(segment, first=out[-1].first)
+        else:
+            out.append(segment)
+    firsts = [0, *(segment.first for segment in out[1:]), pictures]
+    return [replace(segment, first=a, last=b) for segment, a, b in zip(out or [Segment(0, pictures, "unknown", 0.0)], firsts[:-1],
+                                                                       firsts[1:], strict=True)]
+
+
+def _summed(segments: list[Segment]) -> Analysis:
+    """The verdict of most pictures that say anything; hybrid where a twentieth and more are of another kind."""
+    length = {}
+    for segment in segments:
+        length[segment.kind] = length.get(segment.kind, 0) + segment.last - segment.first
+    spoken = [segment for segment in segments if segment.verdict != "unknown"]
+    total = sum(segment.last - segment.first for segment in spoken)
+    kinds = [kind for kind, n in length.items() if kind != "unknown" and n >= total / 20]
+    if not spoken:
+        return Analysis("progressive", 0.0, tuple(segments))
+    most = max(spoken, key=lambda segment: segment.last - segment.first)
+    confidence = sum(segment.confidence * (segment.last - segment.first) for segment in spoken) / total
+    return Analysis("hybrid" if len(kinds) > 1 else most.verdict, confidence, tuple(segments))
