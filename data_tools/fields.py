@@ -257,6 +257,7 @@ def lean_of(votes: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
 
 # The verdict
 
+SAMPLE = 30  # pictures of a segment's liveliest stretch, for those who try something on it
 LEAN, SURE = 0.03, 2.5  # share of all weight, and standard errors, by which votes lean to one side in what is not progressive
 VIDEO, PART, MARGIN = 0.4, 0.05, 8.0  # hybrids: share of a cell's votes that are of video, share of all weight that each of the two
 #                                      parts has, and log likelihood by which each is better explained its own way
@@ -275,6 +276,7 @@ class Segment:
     pattern: str = ""  # of a pulldown: 2:2, 2:3, 2:3:3:2 or euro
     phase: int = 0  # of the segment's first picture in the pattern, in pictures
     lean: float = 0.0  # share of votes for the top field first, less that for the bottom field: -1 to 1
+    lively: int = 0  # the first of the SAMPLE pictures of it in which most moves
 
     @property
     def kind(self) -> str:
@@ -393,9 +395,16 @@ def _joined(segments: list[Segment], pictures: int, cuts: np.ndarray, weight: np
             out[-1] = replace(segment, first=out[-1].first)
         else:
             out.append(segment)
-    firsts = [0, *(segment.first for segment in out[1:]), pictures]
-    return [replace(segment, first=a, last=b) for segment, a, b in zip(out or [Segment(0, pictures, "unknown", 0.0)], firsts[:-1],
-                                                                       firsts[1:], strict=True)]
+    firsts = [0, *(segment.first for segment in out[1:])]
+    spans = zip(out or [Segment(0, pictures, "unknown", 0.0)], firsts, [*firsts[1:], pictures], strict=True)
+    return [replace(segment, first=a, last=b, lively=_lively(weight[a:b - 1], a)) for segment, a, b in spans]
+
+
+def _lively(weight: np.ndarray, first: int) -> int:
+    """The first of the SAMPLE pictures in a row that hold most weight, given that of the gaps from picture `first` on."""
+    if len(weight) < SAMPLE:
+        return first
+    return first + int(np.convolve(weight, np.ones(SAMPLE - 1), "valid").argmax())
 
 
 def _summed(segments: list[Segment]) -> Analysis:
