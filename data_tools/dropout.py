@@ -1,0 +1,232 @@
+"""Dropouts: parts of one to three lines that a tape's picture lost to white, black or noise; found, and filled along motion.
+
+A lost part of a line looks like nothing a camera gives: a run of one extreme level or of noise from column to column, that
+contradicts the picture before, the one after and the lines above and below. A cheap test of each picture looks for such runs; only
+where it fires is the motion from both sides computed, the runs measured against what motion predicts, and the lost places filled
+from both sides and from the lines around, each by how well it fits around the loss. Nothing outside the mask changes, and a run
+that motion explains is left alone. That both neighbours in time contradict it is Kokaram's test (Motion Picture Restoration, 1998).
+"""
+
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import islice
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from data_tools.film import Film, Picture
+
+STANDS_OUT = 18  # levels by which lost places differ from their neighbours in time and from the lines above and below
+REACH = 3  # lines: a lost part is not higher
+SHORTEST = 20  # columns of a lost run at 640 columns, and in proportion
+DARK, LIGHT = 26, 225  # levels of a lost run that is black or white
+ROUGH = 30  # levels from column to column, on average, of a run that is noise
+CLEAR, FAINT = 0.5, 0.3  # share of a run's places that stand out, where one is looked for and where its extent is
+GAP = 9  # columns: where noise hits the right level by chance
+STRAYS = 0.8  # most by which places above and below a run stand out, as a share of what the run does: more is motion not followed
+MARGIN = 8  # lines around a lost run on which predictions are compared
+RARE = 0.05  # share of a picture's places that can be lost at most: more is something else
+FEWEST = 4  # lost runs, in two pictures, that make a verdict
+
+
+class Mended(NamedTuple):
+    """A picture with its lost parts filled; mask [h w] bool of them, or None; how many runs of lines they are."""
+
+    picture: Picture
+    mask: np.ndarray | None
+    runs: int
+
+
+class Watch:
+    """Counts lost parts in the pictures of a film in order. Memory: four pictures."""
+
+    def __init__(self):
+        self.recent, self.flow = [], _flow()
+        self.looked = self.damaged = self.runs = 0
+
+    def add(self, plane: np.ndarray) -> None:
+        """The next picture's luma [h w] uint8."""
+        self.recent = [*self.recent[-3:], Plane(plane)]
+        if len(self.recent) == 4:
+            _, _, runs = _lost(*self.recent, self.flow)
+            self.looked, self.damaged, self.runs = self.looked + 1, self.damaged + (runs > 0), self.runs + runs
+
+    def found(self) -> bool:
+        """Whether the film has dropouts."""
+        return self.runs >= FEWEST and self.damaged > 1
+
+    def trace(self) -> dict[str, float]:
+        """What was measured, for the report: pictures looked at and with damage, and lost runs."""
+        return {"looked": self.looked, "damaged": self.damaged, "runs": self.runs}
+
+
+def repair(film: Film) -> Film:
+    """The film with its lost parts filled."""
+    return film.through(lambda pictures: (each.picture for each in mended(pictures)))
+
+
+def mended(pictures: Iterator[Picture]) -> Iterator[Mended]:
+    """Fills the lost parts of every picture; films of less than three are left alone. Memory: four pictures."""
+    flow, held = _flow(), []  # pictures and their planes: the one before, the one at hand and two after
+    head = list(islice(pictures, 3))
+    if len(head) < 3:
+        yield from (Mended(picture, None, 0) for picture in head)
+        return
+    for picture in _mirrored(head, pictures):
+        held.append((picture, Plane(picture.y)))
+        if len(held) == 4:
+            mask, fill, runs = _lost(*(plane for _, plane in held), flow)
+            del held[0]
+            if mask is not None:
+                whole = np.where(mask, fill, held[0][0].y)
+                held[0] = held[0][0]._replace(y=whole), Plane(whole)
+            yield Mended(held[0][0], mask, runs)
+
+
+def _mirrored(head: list[Picture], rest: Iterator[Picture]) -> Iterator[Picture]:
+    """A film with one picture more before it and two after it, so that the first and the last have neighbours too."""
+    yield head[2]
+    yield from head
+    for picture in rest:
+        yield picture
+        head = [*head[1:], picture]
+    yield head[0]
+    yield head[0]
+
+
+class Plane:
+    """A luma plane, and where it is like nothing a camera gives; computed when asked for."""
+
+    def __init__(self, y: np.ndarray):
+        self.y = y
+
+    @cached_property
+    def unnatural(self) -> np.ndarray:
+        return _unnatural(self.y)
+
+    @cached_property
+    def odd(self) -> np.ndarray:
+        return cv2.bitwise_and(self.unnatural, _apart_from_lines(self.y))
+
+
+def _flow():
+    return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+
+
+def _lost(before: Plane, now: Plane, after: Plane, later: Plane, flow) -> tuple[np.ndarray | None, np.ndarray | None, int]:
+    """The mask [h w] of lost places, a plane with what to fill them with, and how many runs they are; None, None, 0 without any."""
+    nothing = None, None, 0
+    y, (h, w) = now.y, now.y.shape
+    length = max(8, SHORTEST * w // 640)
+    if min(h, w) < 48 or not before.y.shape == y.shape == after.y.shape == later.y.shape:
+        return nothing
+    odd = _runs_of(now.odd, length)
+    if cv2.minMaxLoc(odd)[1] <= CLEAR * length:
+        return nothing
+    following = np.where(_runs_of(after.odd, length) > CLEAR * length, later.y, after.y)  # a tape may lose one place twice
+    late = cv2.max(cv2.subtract(y, cv2.max(before.y, following)), cv2.subtract(cv2.min(before.y, following), y))
+    late = cv2.threshold(late, STANDS_OUT, 1, cv2.THRESH_BINARY)[1]
+    sure = _runs_of(cv2.bitwise_and(late, now.odd), length)
+    if cv2.minMaxLoc(sure)[1] <= CLEAR * length:
+        return nothing
+    close = cv2.dilate((sure > CLEAR * length).astype(np.uint8), np.ones((2 * REACH + 1, 4 * length + 1), np.uint8))
+    across = np.ones((1, length), np.uint8)
+    likely = cv2.dilate((_runs_of(cv2.bitwise_and(late, now.unnatural), length) > FAINT * length).astype(np.uint8), across) & close
+    if likely.mean() > RARE:
+        return nothing
+    motions = None
+    for _ in range(2):  # again without what the first round has shown to be lost
+        guess = cv2.inpaint(y, likely, 3, cv2.INPAINT_NS)
+        motions = motions or [flow.calc(guess, other, None) for other in (before.y, following)]
+        mask, fill, runs = _measured(y, likely, guess, (before.y, following), motions, length)
+        if not runs:
+            return nothing
+        likely = cv2.dilate(mask.astype(np.uint8), across)
+    return (mask, fill, runs) if mask.mean() < RARE else nothing
+
+
+def _measured(y, likely, guess, others, motions, length) -> tuple[np.ndarray, np.ndarray, int]:
+    """Mask, fill and number of runs, band by band of lines around what is likely lost."""
+    mask, fill, runs = np.zeros(y.shape, bool), y.copy(), 0
+    rows = np.flatnonzero(cv2.reduce(likely, 1, cv2.REDUCE_MAX)[:, 0])
+    for band in np.split(rows, np.flatnonzero(np.diff(rows) > 2 * MARGIN) + 1):
+        lines = slice(max(band[0] - MARGIN, 0), band[-1] + 1 + MARGIN)
+        plane, known = y[lines].astype(np.float32), (1 - likely[lines]).astype(np.float32)
+        sides = [_followed(other, motion, lines) for other, motion in zip(others, motions, strict=True)]
+        made = _combined(plane, known, sides, guess[lines].astype(np.float32))
+        mask[lines], count = _judged(plane, made, sides, likely[lines], length)
+        fill[lines], runs = np.clip(np.rint(made), 0, 255), runs + count
+    return mask, fill, runs
+
+
+def _unnatural(plane: np.ndarray) -> np.ndarray:
+    """Places [h w] (0 or 1) at an extreme level, or amid noise from column to column."""
+    extreme = cv2.bitwise_or(cv2.threshold(plane, DARK, 1, cv2.THRESH_BINARY_INV)[1],
+                             cv2.threshold(plane, LIGHT - 1, 1, cv2.THRESH_BINARY)[1])
+    steps = np.zeros_like(plane)
+    cv2.absdiff(plane[:, 1:], plane[:, :-1], steps[:, 1:])
+    return cv2.bitwise_or(extreme, cv2.threshold(cv2.blur(steps, (GAP, 1)), ROUGH, 1, cv2.THRESH_BINARY)[1])
+
+
+def _apart_from_lines(plane: np.ndarray) -> np.ndarray:
+    """Places [h w] (0 or 1) above or below both of the lines REACH away; at the rim, the one there is."""
+    above = np.concatenate([plane[REACH:2 * REACH], plane[:-REACH]])
+    below = np.concatenate([plane[REACH:], plane[-2 * REACH:-REACH]])
+    off = cv2.max(cv2.subtract(plane, cv2.max(above, below)), cv2.subtract(cv2.min(above, below), plane))
+    return cv2.threshold(off, STANDS_OUT, 1, cv2.THRESH_BINARY)[1]
+
+
+def _runs_of(places: np.ndarray, length: int) -> np.ndarray:
+    """How many of the `length` columns around each place are set."""
+    return cv2.boxFilter(places, -1, (length, 1), normalize=False, borderType=cv2.BORDER_CONSTANT)
+
+
+def _followed(other: np.ndarray, motion: np.ndarray, lines: slice) -> np.ndarray:
+    """These lines of the other picture moved onto this one, float32."""
+    x = motion[lines, :, 0] + np.arange(other.shape[1], dtype=np.float32)
+    y = motion[lines, :, 1] + np.arange(other.shape[0], dtype=np.float32)[lines, None]
+    return cv2.remap(other, x, y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE).astype(np.float32)
+
+
+def _combined(plane, known, sides, guess) -> np.ndarray:
+    """Both sides and the guess from the lines around, weighted by the inverse square of their energy of error around each place."""
+    def around(square):
+        return cv2.boxFilter(square, -1, (15, 9))
+
+    count = around(known) + 1e-3
+    energies = [around(np.square(side - plane) * known) / count for side in sides]
+    energies.append(2 * around(np.square(guess - cv2.blur(guess, (1, 5)))))
+    weights = [1 / np.square(energy + 4) for energy in energies]
+    return sum(weight * part for weight, part in zip(weights, (*sides, guess), strict=True)) / sum(weights)
+
+
+def _judged(plane, made, sides, likely, length) -> tuple[np.ndarray, int]:
+    """Which places are lost, [h w] bool, by runs that what was made for them does not explain; and how many runs."""
+    off = np.abs(plane - made)
+    spread = np.minimum(np.abs(sides[0] - made), np.abs(sides[1] - made))
+    out = ((off > np.maximum(0.7 * STANDS_OUT, 1.5 * spread)) & (likely > 0)).astype(np.uint8)
+    closed = cv2.morphologyEx(out, cv2.MORPH_CLOSE, np.ones((1, GAP), np.uint8))
+    lines = cv2.morphologyEx(closed, cv2.MORPH_OPEN, np.ones((1, length), np.uint8))
+    mask, count = np.zeros(plane.shape, bool), 0
+    ends = np.diff(np.pad(lines, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    for row, left, right in zip(*np.nonzero(ends > 0), np.nonzero(ends < 0)[1], strict=True):
+        run = np.s_[row, left:right]
+        beside = [r for r in (row - REACH - 2, row - REACH - 1, row + REACH + 1, row + REACH + 2) if 0 <= r < len(plane)]
+        if off[beside, left:right].mean() < STRAYS * off[run].mean() and out[run].mean() > 0.5:
+            left, right = _grown(plane[row], off[row], left, right)
+            mask[row, left:right], count = True, count + 1
+    return mask, count
+
+
+def _grown(line, off, left, right) -> tuple[int, int]:
+    """A run's ends moved out over places of the level of its end, and over places that still stand out."""
+    def lost(column, end):
+        return (line[column] == line[end] and not DARK < line[end] < LIGHT) or off[column] > STANDS_OUT
+
+    first, last = max(left - GAP, 0), min(right + GAP, len(line))
+    while left > first and lost(left - 1, left):
+        left -= 1
+    while right < last and lost(right, right - 1):
+        right += 1
+    return left, right

@@ -1,0 +1,307 @@
+"""Ghosts: trails and echoes that recorders, converters and temporal noise reduction leave behind what moves; found and taken back.
+
+A trail is y_t = (1 - a) x_t + a y_{t-1}, an echo y_t = (x_t + b x_{t-1}) / (1 + b). Both are undone exactly once a (or b) is known.
+How it is found: where the true picture x stands still along the motion v for three pictures, the differences
+E = y_{t-1}(p) - y_{t-2}(p - v), D = y_t(p) - y_{t-1}(p - v) and F = y_{t+1}(p) - y_t(p - v) are in the proportion 1 : a : a^2 for
+a trail, 1 : b : 0 for an echo and 1 : 0 : 0 without a ghost, whatever moved away there and whatever the picture shows. So the
+points (D/E, F/E) of all places with a strong E heap up at one spot of the plane, on a broad and smooth bed of places that do not
+stand still: blur, blends and fades spread over the plane or sit at (1, 1). The method is our own; the heap is read as a Hough
+transform's. All of it is linear, so it holds on shrunken pictures too, where a codec's noise is small.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from data_tools.film import Film, Picture
+
+LOW, HIGH, BINS = -0.3, 1.3, 80  # of the ratios D/E and F/E
+STEP = (HIGH - LOW) / BINS
+TILES = 3  # the picture is looked at in 3 x 3 parts, because a may change over it
+WEAKEST, STRONGEST = 0.08, 0.82  # of a and b: below, a ghost cannot be seen; above, it is a dissolve
+SIGNAL = 12.0  # levels from which on a difference E counts
+CONTRAST = 1.5  # of the heap over its bed, from which on it may be a ghost
+FAINT = 1.3  # the same where there is no heap at (0, 0)
+AMID = 0.8  # and over the heap of the ghostless, at (0, 0)
+PHASES = 15  # evidence is kept apart by the picture's number, so that what comes in cycles of 3 or 5 pictures shows
+NOISE = 0.3  # levels^2: what rounding leaves in a difference of two pictures
+LEFT_OVER = 2.0  # levels^2: the most by which a proved repair differs from the film after the ghost was laid over it again
+CUT = 20.0  # levels between pictures, on average, from which on there may be a cut
+GRID = np.arange(0.0, 0.9, 0.01)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A ghost: share a (trail) or b (echo) in the middle of the luma, its change over the width and the height."""
+
+    kind: str  # trail or echo
+    share: float
+    across: float = 0.0
+    down: float = 0.0
+    chroma: bool = True  # whether u and v have it too
+    confidence: float = 1.0
+
+    def weight(self, height: int, width: int) -> np.ndarray | np.float32:
+        """The share at every place of a plane, [h w], or one number where it is the same everywhere."""
+        if not (self.across or self.down):
+            return np.float32(self.share)
+        x, y = (np.arange(n, dtype=np.float32) / n + 0.5 / n - 0.5 for n in (width, height))
+        return np.clip(self.share + self.across * x + self.down * y[:, None], 0, 0.9).astype(np.float32)
+
+
+class Watch:
+    """Collects the evidence for ghosts from the pictures of a film in order: `add` each plane, then ask `found`.
+
+    every: how many pictures apart evidence is taken. Memory: four shrunken pictures and the counts.
+    """
+
+    def __init__(self, every: int = 2):
+        self.every, self.seen, self.recent = every, 0, []
+        self.heap = np.zeros((PHASES, TILES * TILES, BINS, BINS))
+        self.flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
+
+    def add(self, plane: np.ndarray) -> None:
+        """The next picture's luma [h w] uint8."""
+        self.recent = [*self.recent[-3:], shrunk(plane)]
+        if self.seen % self.every == 0 and len(self.recent) == 4 and self.recent[0].shape == self.recent[3].shape:
+            self._look(self.seen // self.every % PHASES)
+        self.seen += 1
+
+    def _look(self, phase: int) -> None:
+        before, last, now, after = self.recent
+        if min(now.shape) < 24:
+            return
+        still, moved = last - before, self._motion(last, now)
+        if moved is not None:
+            def follow(plane):
+                return cv2.remap(plane, *moved, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+
+            first = last - follow(before)
+            self._count(phase, first, now - follow(last), after - follow(now))
+            if (np.abs(first) > SIGNAL).sum() < 0.25 * (np.abs(still) > SIGNAL).sum():
+                return  # nothing stands still here, and what slides along may heap up anywhere
+        self._count(phase, still, now - last, after - now)
+
+    def _motion(self, last: np.ndarray, now: np.ndarray, cell: int = 12) -> tuple[np.ndarray, np.ndarray] | None:
+        """Where in `last` the picture around each place of `now` was: coarse, to follow the ground and not what crosses it."""
+        flow = self.flow.calc(now.astype(np.uint8), last.astype(np.uint8), None)
+        h, w = now.shape
+        rows, columns = h // cell, w // cell
+        cells = flow[:rows * cell, :columns * cell].reshape(rows, cell, columns, cell, 2).transpose(0, 2, 1, 3, 4)
+        coarse = np.median(cells.reshape(rows, columns, -1, 2), axis=2).astype(np.float32)
+        if np.abs(coarse).max() < 0.1:
+            return None
+        smooth = cv2.resize(coarse, (w, h), interpolation=cv2.INTER_LINEAR)
+        x, y = np.arange(w, dtype=np.float32), np.arange(h, dtype=np.float32)[:, None]
+        return smooth[..., 0] + x, smooth[..., 1] + y
+
+    def _count(self, phase: int, first: np.ndarray, second: np.ndarray, third: np.ndarray) -> None:
+        strong = np.abs(first) > SIGNAL
+        strong[:2] = strong[-2:] = strong[:, :2] = strong[:, -2:] = False  # motion leads out of the picture there
+        places = np.flatnonzero(strong)
+        e = first.ravel()[places]
+        if not 0 < len(places) < 0.5 * strong.size or abs(e.sum()) > 0.8 * np.abs(e).sum():
+            return  # all of it changes, or all one way: a cut, a fade or a flash says nothing
+        i = np.floor((second.ravel()[places] / e - LOW) / STEP).astype(np.int32)
+        j = np.floor((third.ravel()[places] / e - LOW) / STEP).astype(np.int32)
+        inside = (i >= 0) & (i < BINS) & (j >= 0) & (j < BINS)
+        h, w = first.shape
+        tile = places // w * TILES // h * TILES + places % w * TILES // w
+        worth = np.clip((np.abs(e) - SIGNAL) / 10, 0, 4) ** 2 / 4
+        index = ((tile * BINS + i) * BINS + j)[inside]
+        self.heap[phase] += np.bincount(index, worth[inside], self.heap[0].size).reshape(self.heap[0].shape)
+
+    def found(self) -> list[Found]:
+        """The ghosts that the pictures so far may show, at most one of each kind, the likelier one first; to be proved."""
+        return [self._described(peak) for peak in self._peaks() if peak.clear and self._steady(peak)]
+
+    def _peaks(self) -> list["Peak"]:
+        heap = self.heap.sum((0, 1))
+        return sorted((_peak(heap, kind) for kind in ("trail", "echo")), key=lambda peak: -peak.contrast)
+
+    def _described(self, peak: "Peak") -> Found:
+        across, down = _slopes(self.heap.sum(0), peak)
+        confidence = 1 - 0.5 * np.exp(-max(peak.contrast - CONTRAST, 0))
+        return Found(peak.kind, round(peak.share, 3), round(across, 3), round(down, 3), True, round(float(confidence), 3))
+
+    def _steady(self, best: "Peak") -> bool:
+        """Whether the ghost is in every picture: blends of a rate conversion have one in every fifth, or third."""
+        heaps = self.heap.sum(1)
+        parts = [heaps[phase::cycle].sum(0) for cycle in (3, 5) for phase in range(cycle)]
+        return all(_contrast(part, best.kind)[round(best.share * 100)] > 1.0 for part in parts if part.sum() > 0.1 * heaps.sum())
+
+    def trace(self) -> dict[str, float]:
+        """What was measured, for the report: the strongest share, its contrast, and that at (0, 0)."""
+        best = self._peaks()[0]
+        return {"share": round(best.share, 3), "contrast": round(best.contrast, 2), "contrast_at_0": round(best.none, 2)}
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The highest heap along the curve of one kind."""
+
+    kind: str
+    share: float
+    contrast: float  # of the heap over its bed
+    none: float  # the same at (0, 0)
+
+    @property
+    def clear(self) -> bool:
+        needed = CONTRAST if self.none > 1 else FAINT
+        return self.contrast >= needed and self.contrast >= AMID * self.none
+
+
+def shrunk(plane: np.ndarray) -> np.ndarray:
+    """A plane about 160 columns wide, of means of square cells: float32 [h/k w/k]."""
+    k = max(1, round(plane.shape[1] / 176))
+    h, w = plane.shape[0] // k, plane.shape[1] // k
+    small = plane[:h * k, :w * k]
+    return cv2.resize(small, (w, h), interpolation=cv2.INTER_AREA).astype(np.float32) if k > 1 else small.astype(np.float32)
+
+
+def _contrast(heap: np.ndarray, kind: str) -> np.ndarray:
+    """How far the heap stands above its bed, around it and along the curve of all shares of a kind, on GRID.
+
+    Along the curve too, because motion blur fills the line F = 0 evenly where an echo makes one heap."""
+    little = heap.sum() * 1e-5 + 0.3
+    near, far = (cv2.GaussianBlur(heap, (0, 0), width) for width in (2, 8))
+    x = ((GRID - LOW) / STEP - 0.5).astype(np.float32)
+    y = (((GRID**2 if kind == "trail" else 0 * GRID) - LOW) / STEP - 0.5).astype(np.float32)
+    near, far = (cv2.remap(part.astype(np.float32), y[None], x[None], cv2.INTER_LINEAR)[0] for part in (near, far))
+    along = cv2.GaussianBlur(near[None], (0, 0), 16, borderType=cv2.BORDER_REPLICATE)[0]
+    return (near + little) / (np.maximum(far, along) + little)
+
+
+def _peak(heap: np.ndarray, kind: str) -> Peak:
+    curve = _contrast(heap, kind)
+    inner = np.flatnonzero((curve[1:-1] >= curve[:-2]) & (curve[1:-1] > curve[2:])) + 1
+    inner = inner[(GRID[inner] >= WEAKEST) & (GRID[inner] <= STRONGEST)]
+    if not len(inner) or heap.sum() < 100:
+        return Peak(kind, 0.0, 0.0, float(curve[0]))
+    top = inner[np.argmax(curve[inner])]
+    left, middle, right = curve[top - 1:top + 2]
+    bend = left - 2 * middle + right
+    finer = 0.5 * (left - right) / bend if bend < 0 else 0.0
+    return Peak(kind, float(GRID[top] + 0.01 * finer), float(middle), float(curve[0]))
+
+
+def _slopes(heaps: np.ndarray, whole: Peak) -> tuple[float, float]:
+    """How the share changes over the width and the height, from the parts of the picture that show it; 0 when it does not."""
+    shares = np.full(TILES * TILES, np.nan)
+    for k, heap in enumerate(heaps):
+        peak = _peak(heap, whole.kind)
+        if peak.clear and heap.sum() > 0.02 * heaps.sum() and abs(peak.share - whole.share) < 0.25:
+            shares[k] = peak.share
+    good = np.isfinite(shares)
+    if good.sum() < 6 or np.ptp(shares[good]) < 0.08:
+        return 0.0, 0.0
+    row, column = np.divmod(np.arange(TILES * TILES), TILES)
+    plane = np.stack([np.ones(len(row)), (column + 0.5) / TILES - 0.5, (row + 0.5) / TILES - 0.5], 1)
+    fit = np.linalg.lstsq(plane[good], shares[good], rcond=None)[0]
+    left_over = shares[good] - plane[good] @ fit
+    return (float(fit[1]), float(fit[2])) if left_over.std() < 0.5 * shares[good].std() else (0.0, 0.0)
+
+
+def analyse(film: Film, every: int = 1) -> list[Found]:
+    """The ghosts that a film may have, the likelier one first; see `Watch`."""
+    watch = Watch(every)
+    for picture in film:
+        watch.add(picture.y)
+    return watch.found()
+
+
+def repair(film: Film, found: Found) -> Film:
+    """The film without the ghost: the same pictures at the same times."""
+    undo = {"trail": _untrailed, "echo": _unechoed}[found.kind]
+    return film.through(lambda pictures: undo(pictures, found))
+
+
+def _weights(picture: Picture, found: Found) -> list[np.ndarray | np.float32]:
+    """The share for every plane; 0 where chroma has no ghost."""
+    shares = [found.weight(*plane.shape) for plane in picture[:3]]
+    return shares if found.chroma else [shares[0], np.float32(0), np.float32(0)]
+
+
+def _untrailed(pictures: Iterator[Picture], found: Found) -> Iterator[Picture]:
+    """x_t = y_t + a / (1 - a) (y_t - y_{t-1}), by as much as the difference stands above what rounding leaves.
+
+    Across a cut only if the trail goes across it, which the picture after the cut shows: edited footage begins afresh.
+    """
+    before = None
+    for picture, after in ahead(pictures):
+        if before is None or _begins(before, picture, after, found.share):
+            yield picture
+        else:
+            planes = (_sharpened(y, last, share / (1 - share)) if np.any(share) else y
+                      for y, last, share in zip(picture[:3], before[:3], _weights(picture, found), strict=True))
+            yield Picture(*planes, picture.at_s)
+        before = picture
+
+
+def _unechoed(pictures: Iterator[Picture], found: Found) -> Iterator[Picture]:
+    """x_t = (1 + b) y_t - b x_{t-1}, from a first picture that is taken as it is; see `_untrailed` for cuts."""
+    before = state = None
+    for picture, after in ahead(pictures):
+        shares = _weights(picture, found)
+        if before is None or _begins(before, picture, after, found.share / (1 + found.share)):
+            state = [plane.astype(np.float32) for plane in picture[:3]]
+            yield picture
+        else:
+            state = [np.clip((1 + share) * y - share * x, 0, 255) for y, x, share in zip(picture[:3], state, shares, strict=True)]
+            yield Picture(*(np.rint(plane).astype(np.uint8) for plane in state), picture.at_s)
+        before = picture
+
+
+def ahead(pictures: Iterable[Picture]) -> Iterator[tuple[Picture, Picture | None]]:
+    """Each picture with the one after it; the last with None."""
+    last = None
+    for picture in pictures:
+        if last is not None:
+            yield last, picture
+        last = picture
+    if last is not None:
+        yield last, None
+
+
+def _sharpened(plane: np.ndarray, last: np.ndarray, gain: np.ndarray | np.float32) -> np.ndarray:
+    difference = cv2.subtract(plane, last, dtype=cv2.CV_32F)
+    energy = cv2.GaussianBlur(cv2.multiply(difference, difference), (0, 0), 1)
+    worth = cv2.max(energy - NOISE, 0) / (energy + 1e-3)
+    return cv2.add(plane, worth * difference * gain, dtype=cv2.CV_8U)
+
+
+def _begins(before: Picture, picture: Picture, after: Picture | None, share: float) -> bool:
+    """Whether a new shot without the trail of the one before begins here."""
+    first = shrunk(picture.y) - shrunk(before.y)
+    if np.abs(first).mean() < CUT:
+        return False
+    if after is None:
+        return True
+    second = shrunk(after.y) - shrunk(picture.y)
+    return float((first * second).sum() / (first * first).sum()) < share / 2
+
+
+def prove(film: Film, repaired: Film, found: Found) -> str:
+    """Why the repair does not fit the film, or "".
+
+    The ghost laid over the repaired film must give the film back. And the repaired film must show neither what is left of the ghost
+    nor its reverse (a share taken too large): its heap must sit where a film without a ghost has it.
+    """
+    watch, state, wrong, count, before, last = Watch(1), None, 0.0, 0, None, None
+    for given, made in zip(film, repaired, strict=True):
+        watch.add(made.y)
+        share = found.weight(*made.y.shape)
+        if state is None or np.abs(shrunk(given.y) - shrunk(before)).mean() >= CUT:
+            state = given.y.astype(np.float32)
+        else:
+            state = (1 - share) * made.y + share * state if found.kind == "trail" else (made.y + share * last) / (1 + share)
+        wrong, count = wrong + float(np.square(state - given.y).mean()), count + 1
+        before, last = given.y, made.y
+    if wrong / max(count, 1) > LEFT_OVER:
+        return f"laying it over the repaired film again leaves a squared error of {wrong / count:.2f} levels"
+    trace = watch.trace()
+    if trace["contrast_at_0"] < max(1.0, trace["contrast"]):
+        return f"the repaired film would show a share of {trace['share']:.2f} itself"
+    return ""
