@@ -108,6 +108,20 @@ def to_clip(pictures: Iterable[Picture], limit: int | None = None) -> Clip:
     return Clip(*(np.stack(part) for part in zip(*chosen, strict=True)))
 
 
+def around(items: Iterable, reach: int) -> Iterator[tuple[Any, list]]:
+    """Each item, and the list of those up to `reach` places before and after it, itself among them."""
+    held, at = [], -reach
+    for item in items:
+        held.append(item)
+        if at >= 0:
+            yield held[at], held
+        at += 1
+        if at > reach:
+            held, at = held[1:], at - 1
+    for i in range(max(at, 0), len(held)):
+        yield held[i], held[max(0, i - reach):i + reach + 1]
+
+
 def read(path: str | Path, start_s: float = 0.0, end_s: float = math.inf) -> Film:
     """The film in a file, or its span from start_s up to end_s, whose first picture is then at 0 s.
 

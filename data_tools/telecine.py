@@ -13,15 +13,14 @@ Viterbi Algorithm", Proc. IEEE 1973.)
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
 from data_tools.fill import deinterlace
-from data_tools.film import Picture
+from data_tools.film import Picture, around
 
-T = TypeVar("T")
 Fill = Callable[[Iterator[Picture], str, str], Iterator[Picture]]  # (pictures, order, rate): as fill.deinterlace
 
 CYCLES = {"2:3": (2, 3), "2:3:3:2": (2, 3, 3, 2), "2:2": (2,), "euro": (2,) * 11 + (3,)}  # fields a picture is held, in turn
@@ -91,8 +90,8 @@ def inverse(pictures: Iterable[Picture], order: str, fill: Fill | None = None, c
         raise ValueError(f"cadence: {cadence!r} is none of {', '.join(CYCLES)}")
     tally, fill = tally or Tally(), fill or deinterlace
     shift, last = None, -np.inf
-    for run, around in _around(_runs(_decided(_weighed(_measured(pictures, order)), cadence, tally)), 1):
-        picture = _rendered(run, around, order, fill, tally)
+    for run, near in around(_runs(_decided(_weighed(_measured(pictures, order)), cadence, tally)), 1):
+        picture = _rendered(run, near, order, fill, tally)
         if shift is None:
             shift = run.fields[0].picture.at_s - run.at_s
         last = max(run.at_s + shift, last + run.fields[0].step_s)
@@ -101,21 +100,6 @@ def inverse(pictures: Iterable[Picture], order: str, fill: Fill | None = None, c
 
 
 # What is seen of the fields
-
-def _around(items: Iterable[T], reach: int) -> Iterator[tuple[T, list[T]]]:
-    """Each item with those up to `reach` before and after it, itself among them."""
-    held: list[T] = []
-    at = -reach
-    for item in items:
-        held.append(item)
-        if at >= 0:
-            yield held[at], held
-        at += 1
-        if at > reach:
-            held, at = held[1:], at - 1
-    for i in range(max(at, 0), len(held)):
-        yield held[i], held[max(0, i - reach):]
-
 
 def _blocks(levels: np.ndarray) -> np.ndarray:
     h, w = levels.shape
@@ -143,8 +127,8 @@ def _combs(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
 def _measured(pictures: Iterable[Picture], order: str) -> Iterator[_Field]:
     """The fields in order of time."""
     first, number, step, before = ("tff", "bff").index(order), 0, 0.0, deque(maxlen=2)
-    for picture, around in _around(pictures, 1):
-        step = around[-1].at_s - picture.at_s if around[-1] is not picture else step
+    for picture, near in around(pictures, 1):
+        step = near[-1].at_s - picture.at_s if near[-1] is not picture else step
         for parity in (first, 1 - first):
             lines = picture.y[parity::2]
             fine = _blocks(_outside(lines[1:-1], lines[:-2], lines[2:]))
@@ -162,12 +146,12 @@ def _weighed(fields: Iterable[_Field]) -> Iterator[_Field]:
     (same) or not showing (other) that of the field two before. What moves around in time is the scale; without motion they are 0.
     """
     def toothed():
-        for item, around in _around(fields, 2):
-            item.teeth = _greatest(item.comb - np.min([other.comb for other in around if other.number], 0)) if item.number else 0.0
+        for item, near in around(fields, 2):
+            item.teeth = _greatest(item.comb - np.min([other.comb for other in near if other.number], 0)) if item.number else 0.0
             yield item
 
-    for item, around in _around(toothed(), REACH):
-        teeth, change = (max(getattr(other, name) for other in around) for name in ("teeth", "change"))
+    for item, near in around(toothed(), REACH):
+        teeth, change = (max(getattr(other, name) for other in near) for name in ("teeth", "change"))
         combed, changed = item.teeth / max(teeth, 1e-6), item.change / max(change, 1e-6)
         sure, surely = teeth / (teeth + NOISE), change / (change + NOISE)
         item.weights = combed * sure, (1 - combed) * sure, changed * surely, (1 - changed) * surely
@@ -244,13 +228,13 @@ def _runs(decided: Iterable[tuple[_Field, bool, float]]) -> Iterator[_Run]:
 
 # Pictures
 
-def _rendered(run: _Run, around: list[_Run], order: str, fill: Fill, tally: Tally) -> Picture:
+def _rendered(run: _Run, near: list[_Run], order: str, fill: Fill, tally: Tally) -> Picture:
     """The film picture of a run, woven of the means of its fields; what one field lacks, and what stays combed, is filled."""
     fields = run.fields
     tally.pictures += 1
     if len(fields) == 1:
         tally.lone += 1
-        return _filled(fields[0], around, order, fill)
+        return _filled(fields[0], near, order, fill)
     if len(fields) > 2:
         alike = [item for i, item in enumerate(fields) if i < 2 or item.weights[2] < 0.5]
         tally.repeated += len(fields) - 2
@@ -261,7 +245,7 @@ def _rendered(run: _Run, around: list[_Run], order: str, fill: Fill, tally: Tall
     if not combed.any():
         return woven
     tally.combed += 1
-    whole = _filled(fields[0], around, order, fill)
+    whole = _filled(fields[0], near, order, fill)
     wide = cv2.dilate(combed.astype(np.uint8), np.ones((3, 3), np.uint8))
     return Picture(*(np.where(cv2.resize(wide, plane.shape[::-1], interpolation=cv2.INTER_NEAREST) > 0, other, plane)
                      for plane, other in zip(woven[:3], whole[:3], strict=True)), run.at_s)
@@ -276,9 +260,9 @@ def _woven(fields: list[_Field], plane: int) -> np.ndarray:
     return out
 
 
-def _filled(item: _Field, around: list[_Run], order: str, fill: Fill) -> Picture:
+def _filled(item: _Field, runs: list[_Run], order: str, fill: Fill) -> Picture:
     """The picture of one field by a de-interlacer, which sees the pictures before and after where they are at hand."""
-    near = {other.number // 2: other.picture for run in around for other in run.fields}
+    near = {other.number // 2: other.picture for run in runs for other in run.fields}
     here = item.number // 2
     numbers = [n for n in (here - 1, here, here + 1) if n in near]
     shown = list(fill((near[n] for n in numbers), order, "field"))
