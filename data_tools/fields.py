@@ -29,12 +29,14 @@ COMB, DETAIL = 4.0, 1.0  # fields are unlike when they differ by more levels tha
 LEAST, SHARE = 1.0, 0.2  # a block counts when its distances differ by more levels than LEAST + SHARE of the smallest one
 
 
-H = 0.55  # where the distance of two neighbouring film pictures lies on the way to that of the ones around them
-MARKS = np.array([(1, 0, 0, 1),  # progressive
-                  (0, 0, 0, 1), (0, 0, 1, 1), (0, H, H, 1), (0, 1, 0, 1), (0, H / 2, H / 2, 1),  # top first: video; into,
-                  #                                                       within, out of shifted film; within, smoothed
-                  (1, 0, 0, 0), (1, 0, 1, 0), (1, H, H, 0), (1, 1, 0, 0), (1, H / 2, H / 2, 0)], np.float32)  # bottom first
+H, E = 0.55, 0.2  # how far apart neighbouring film pictures are beside those around them; that less what a coder smoothed away
+MARKS = np.array([(1, 0, 0, 1),  # progressive; then, with the top field first:
+                  (0, 0, 0, 1), (0, 0, 1, 1), (0, H, H, 1), (0, 1, 0, 1),  # video; into shifted film, within it, and out of it
+                  (0, E, E, 1), (E, 0, 0, 1),  # shifted film and video when smoothed by a coder
+                  (1, 0, 0, 0), (1, 0, 1, 0), (1, H, H, 0), (1, 1, 0, 0), (1, E, E, 0), (1, 0, 0, E)], np.float32)  # bottom first
+TOP, BOTTOM = range(1, 7), range(7, 13)  # the marks of the two orders
 FAST = len(MARKS)  # the vote that comes after those for marks
+KINDS = {"tff": "interlaced", "bff": "interlaced", "shifted": "telecine"}  # verdicts whose kind is not their own name
 FAR = 0.25  # squared distance from which on a block is near no mark
 
 
@@ -122,12 +124,17 @@ def _cast(distances: np.ndarray, fine: np.ndarray, change: np.ndarray) -> np.nda
 
 
 class Mode(NamedTuple):
-    """One hypothesis: the marks of its gaps in turn, as numbers of MARKS; STILL where a gap repeats a picture."""
+    """One hypothesis: the marks of its gaps in turn, as numbers of MARKS."""
 
     verdict: str
     order: str  # of fields; "" where it does not matter
     pattern: str  # of a pulldown
     marks: tuple[int, ...]
+
+    @property
+    def kind(self) -> str:
+        """progressive, interlaced or telecine."""
+        return KINDS.get(self.verdict, self.verdict)
 
 
 def mark_of(earlier: tuple[float, float], later: tuple[float, float]) -> int:
@@ -173,14 +180,13 @@ def _likelihoods(smoothed: float) -> np.ndarray:
     """log P(vote | true mark), [FAST, FAST + 1], where a coder smoothed a share of the combs away; slow film looks like video."""
     out = np.full((FAST, FAST + 1), 0.006)
     out[0, 0] = 0.93
-    for side in (range(1, 6), range(6, 11)):
-        video, inward, inside, outward, smooth = side
+    for side in (TOP, BOTTOM):
+        video, inward, inside, outward = side[:4]
         out[side] = 0.003
-        out[video, [*side, FAST]] = 0.4, 0.14, 0.03, 0.14, 0.19, 0.1
-        out[inward, side] = 0.02, 0.9, 0.03, 0.004, 0.03
-        out[inside, side] = 0.03, 0.14, 0.33, 0.14, 0.33
-        out[smooth] = out[inside]
-        out[outward, side] = 0.02, 0.004, 0.03, 0.9, 0.03
+        out[video, [*side, FAST]] = 0.3, 0.12, 0.015, 0.12, 0.1, 0.25, 0.1
+        out[inward, side] = 0.02, 0.9, 0.03, 0.004, 0.03, 0.01
+        out[inside, side] = 0.09, 0.14, 0.31, 0.14, 0.3, 0.02
+        out[outward, side] = 0.02, 0.004, 0.03, 0.9, 0.03, 0.01
     out[1:] = smoothed * out[0] + (1 - smoothed) * out[1:]
     return np.log(out)
 
@@ -249,7 +255,7 @@ def lean_of(votes: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
 
     Whatever a coder, noise or a pattern of lines does to progressive pictures, it does to both sides alike.
     """
-    side = votes[:, 1:6].sum(1) - votes[:, 6:FAST].sum(1)
+    side = votes[:, TOP].sum(1) - votes[:, BOTTOM].sum(1)
     share = side / np.maximum(weights, FEW)
     return float(side.sum() / max(weights.sum(), FEW)), float(share.mean() * len(share)**0.5 / np.hypot(share.std(), 0.1)) \
         if len(share) else 0.0
@@ -259,9 +265,9 @@ def lean_of(votes: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
 
 SAMPLE = 30  # pictures of a segment's liveliest stretch, for those who try something on it
 LEAN, SURE = 0.03, 2.5  # share of all weight, and standard errors, by which votes lean to one side in what is not progressive
-VIDEO, PART, MARGIN = 0.4, 0.05, 8.0  # hybrids: share of a cell's votes that are of video, share of all weight that each of the two
-#                                      parts has, and log likelihood by which each is better explained its own way
-KINDS = {"tff": "interlaced", "bff": "interlaced", "shifted": "telecine"}  # verdicts whose kind is not their own name
+VIDEO, PART, MOST = 0.4, 0.05, 0.3  # hybrids: least share of votes for video where a cell is video; of fast ones there, and of all
+WHOLE = 0.02  # weight in the film part; of all weight there when it is progressive, whose votes lean to a side by less than WHOLE
+MARGIN = 8.0  # log likelihood by which the film part must be better explained as film
 
 
 @dataclass(frozen=True)
@@ -339,12 +345,11 @@ def _segment(path: np.ndarray, votes: np.ndarray, weights: np.ndarray, scores: n
     if weight.sum() < FEW:
         return Segment(first, last, "unknown", 0.0)
     parts = _parts(votes, weights)
-    if parts is not None:
-        mode, phase = _mode_at(parts)
-        share, _ = lean_of(whole, weight)
-        return Segment(first, last, "hybrid", 0.9, mode.order or ("tff" if share > 0 else "bff"), mode.pattern, phase, share)
-    mode, phase = _mode_at(path)
     share, errors = lean_of(whole, weight)
+    if parts is not None:
+        mode, phase = _mode_at(parts[0])
+        return Segment(first, last, "hybrid", 0.9, mode.order or parts[1], mode.pattern, phase, share)
+    mode, phase = _mode_at(path)
     if mode.order and min(share / LEAN, errors / SURE, key=abs) * (1 if mode.order == "tff" else -1) < 1:
         mode, phase = modes()[0], 0
     if mode.order:
@@ -361,22 +366,23 @@ def _mode_at(path: np.ndarray) -> tuple[Mode, int]:
     return modes()[mode], int(path[0] - _states().first[mode])
 
 
-def _parts(votes: np.ndarray, weights: np.ndarray) -> np.ndarray | None:
-    """The path of the film where some cells are video and the others film; None where all are alike."""
-    total, everything = weights.sum(0), weights.sum()
-    for video in (1, 6):
-        combed = votes[:, :, [video, FAST]].sum((0, 2)) > VIDEO * np.maximum(total, FEW)
-        if not PART * everything < total[combed].sum() < (1 - PART) * everything:
-            continue
-        (of_video, some), (of_film, rest) = ((votes[:, part].sum(1), weights[:, part].sum(1)) for part in (combed, ~combed))
-        every = np.ones(len(modes()), bool)
-        plain, film = (likeliest(*part, every) for part in ((of_video, some), (of_film, rest)))
-        if modes()[_states().mode[plain.states[0]]].marks != (video,):
-            continue
-        mode, share = _mode_at(film.states)[0], abs(lean_of(of_film, rest)[0])
-        as_video = likeliest(of_film, rest, np.array([other.marks == (video,) for other in modes()]))
-        if film.likelihood > as_video.likelihood + MARGIN and (mode.verdict in ("telecine", "shifted") or share < 0.02):
-            return film.states
+def _parts(votes: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, str] | None:
+    """The path of the film where some cells are video and the others film, and the video's order; None where all are alike."""
+    total, fast = weights.sum(0), votes[:, :, FAST].sum(0)
+    top, bottom = (votes[:, :, [side[0], side[-2], side[-1]]].sum(0) for side in (TOP, BOTTOM))  # of video, smoothed or not
+    combed = (np.maximum(top[:, [0, 2]].sum(1), bottom[:, [0, 2]].sum(1)) > VIDEO * np.maximum(total, FEW)) \
+        | (fast > np.maximum(FEW, PART * total))
+    rest = total[~combed].sum()
+    if not combed.any() or rest < PART * total.sum():
+        return None
+    order = "tff" if top[combed].sum() >= bottom[combed].sum() else "bff"
+    part = votes[:, ~combed].sum(1), weights[:, ~combed].sum(1)
+    film = likeliest(*part, np.ones(len(modes()), bool))
+    video = likeliest(*part, np.array([mode.verdict == order for mode in modes()]))
+    mode, (share, _) = _mode_at(film.states)[0], lean_of(*part)
+    plain = abs(share) < WHOLE and rest > MOST * total.sum()
+    if film.likelihood > video.likelihood + MARGIN and (mode.kind == "telecine" or (mode.kind == "progressive" and plain)):
+        return film.states, order
     return None
 
 
