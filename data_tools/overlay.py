@@ -1,0 +1,311 @@
+"""Burned text, subtitles and logos of letters: found by what stays while the scene moves behind it, then cut off or filled.
+
+    python -m data_tools.overlay IN.mp4 --out OUT.mp4 --report R.json
+
+Looks at windows of pictures. In their mean the moving scene is smeared, and with it all text that belongs to it; what was drawn
+over it stays sharp, and is found and read there by OCR (PP-OCR through rapidocr). Text counts as burned in when the scene moves
+between its strokes and they do not, or when it comes or goes while the scene around it stays: a sign on a wall does neither.
+Then, whichever is possible first: cut off an edge (CUT of the picture at most), fill the strokes (A. Telea, An image inpainting
+technique, 2004), or drop the clip. Filling is proved by looking for the text again. Needs rapidocr and onnxruntime.
+"""
+
+import argparse
+import itertools
+import sys
+from collections import deque
+from collections.abc import Iterator
+from functools import cache
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from data_tools import bars
+from data_tools.film import Film, Picture
+from data_tools.stage import Edit, Outcome, main
+
+LENGTH, SPACING, EVERY = 24, 48, 3  # pictures of a window, from one to the next, and one in so many of it is looked at
+WIDTH = 640  # columns that pictures are shrunk to, at most
+STROKE = 15  # pixels of the shrunk picture: what is wider is no stroke
+CONTRAST = 24  # levels between strokes and what is around them
+MOVES = 3.5  # levels of deviation over time, at least, of a scene that moves between the strokes
+STILL = 0.65  # of it that the strokes may show
+READ, SHORTEST = 0.8, 3  # score of a reading, and its letters
+CUT = 0.2  # share of the picture that may be cut off
+OFTEN = 0.2  # share of the windows that must show text before the whole film is cut for it
+LARGEST = 0.25  # share of the picture whose strokes may be filled
+
+
+class Box(NamedTuple):
+    """Lines top .. bottom - 1 and columns left .. right - 1."""
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+
+    def area(self) -> int:
+        return max(self.bottom - self.top, 0) * max(self.right - self.left, 0)
+
+    def of(self, plane: np.ndarray) -> np.ndarray:
+        """What a plane [h w] shows there."""
+        return plane[self.top:self.bottom, self.left:self.right]
+
+    def shared(self, other: "Box") -> float:
+        """Intersection over union."""
+        both = Box(max(self.top, other.top), max(self.left, other.left), min(self.bottom, other.bottom),
+                   min(self.right, other.right)).area()
+        return both / max(self.area() + other.area() - both, 1)
+
+
+class Track(NamedTuple):
+    """Text that was drawn over the film, in pixels of the film."""
+
+    box: Box
+    text: str
+    score: float  # of the reading, 0 to 1
+    kind: str  # subtitle, logo or caption
+    first: int  # picture
+    last: int
+    strokes: np.ndarray  # contrast of the text [h w] of the box, shrunk, uint8
+
+
+def overlay(film: Film) -> Outcome:
+    """Removes burned text. Verdict: `nothing to do`, `cropped`, `filled` or `dropped`. Raises ValueError without an OCR engine."""
+    tracks, windows = find(film)
+    if not tracks:
+        return Outcome(film, "nothing to do", 1.0)
+    confidence = float(np.mean([track.score for track in tracks]))
+    found = {"texts": [{"text": track.text, "kind": track.kind, "score": round(track.score, 3), "box": list(track.box),
+                        "first": track.first, "last": track.last} for track in tracks]}
+    box = _cut(film, tracks, windows)
+    if box is not None:
+        place = {"top": box.top, "left": box.left, "bottom": box.bottom, "right": box.right}
+        return Outcome(bars.crop(film, bars.Box(*box)), "cropped", confidence, [Edit("crop text", place, confidence)], found=found)
+    if max(track.box.area() for track in tracks) <= LARGEST * film.kind.width * film.kind.height:
+        filled = film.through(lambda pictures: _filled(pictures, tracks))
+        left = [track.text for track in find(filled)[0] if any(track.box.shared(old.box) > 0.3 for old in tracks)]
+        if not left:
+            settings = {"texts": [{"box": list(track.box), "first": track.first, "last": track.last} for track in tracks]}
+            return Outcome(filled, "filled", confidence, [Edit("fill text", settings, confidence)], found=found)
+        reason = f"burned text stays readable after filling ({left[0]!r})"
+    else:
+        reason = "burned text covers too much to be filled"
+    return Outcome(film, "dropped", confidence, notes=[reason], found=found, dropped=reason)
+
+
+# Windows
+
+class _Window(NamedTuple):
+    """Pictures first .. last of the film, shrunk: their mean, deviation over time and contrast of strokes in the mean [h w]."""
+
+    first: int
+    last: int
+    mean: np.ndarray  # uint8
+    deviation: np.ndarray  # float32
+    contrast: np.ndarray  # uint8
+
+
+def _shrink(y: np.ndarray) -> np.ndarray:
+    scale = min(WIDTH / y.shape[1], 1.0)
+    size = (round(y.shape[1] * scale), round(y.shape[0] * scale))
+    return y if scale == 1.0 else cv2.resize(y, size, interpolation=cv2.INTER_AREA)
+
+
+def _contrast(y: np.ndarray) -> np.ndarray:
+    """How much brighter or darker than what surrounds it a pixel in a stroke is: white and black top hat, uint8 [h w]."""
+    kernel = cv2.getStructuringElement(cv2.MORPH_RECT, (STROKE, STROKE))
+    return cv2.max(cv2.morphologyEx(y, cv2.MORPH_TOPHAT, kernel), cv2.morphologyEx(y, cv2.MORPH_BLACKHAT, kernel))
+
+
+def _windows(film: Film) -> Iterator[_Window]:
+    total = squares = None
+    count, first, last = 0, 0, -1
+
+    def window():
+        mean = total / count
+        deviation = cv2.sqrt(cv2.max(squares / count - mean * mean, 0))
+        mean = np.rint(mean).astype(np.uint8)
+        return _Window(first, last, mean, deviation, _contrast(mean))
+
+    for i, picture in enumerate(film):
+        if i % SPACING == LENGTH and count:
+            yield window()
+            count = 0
+        if i % SPACING >= LENGTH or i % SPACING % EVERY:
+            continue
+        y = _shrink(picture.y).astype(np.float32)
+        if count == 0:
+            total, squares, first = np.zeros_like(y), np.zeros_like(y), i
+        cv2.accumulate(y, total)
+        cv2.accumulateSquare(y, squares)
+        count, last = count + 1, i
+    if count >= 4:
+        yield window()
+
+
+def find(film: Film) -> tuple[list[Track], int]:
+    """Text drawn over the film, and the number of windows that were looked at. Raises ValueError when there is no OCR engine."""
+    tracks: list[Track] = []
+    near: deque[_Window | None] = deque([None], maxlen=3)
+    count = 0
+    for window in itertools.chain(_windows(film), [None]):
+        near.append(window)
+        if len(near) == 3:
+            count += 1
+            _extend(tracks, *near, film.kind.width)
+    return [track._replace(kind=_kind(track, film, count)) for track in tracks], count
+
+
+def _extend(tracks: list[Track], before: _Window | None, window: _Window, after: _Window | None, width: int) -> None:
+    """Adds what one window shows to the tracks."""
+    scale = width / window.mean.shape[1]
+    for box in _detected(window.mean):
+        if not _drawn(box, window, before, after):
+            continue
+        strokes = box.of(window.contrast)
+        large = Box(*(round(side * scale) for side in box))
+        known = next((k for k, track in enumerate(tracks) if track.last >= window.first - SPACING - EVERY
+                      and track.box.shared(large) > 0.5 and _alike(track.strokes, strokes) > 0.5), None)
+        if known is not None:
+            tracks[known] = tracks[known]._replace(last=window.last)
+            continue
+        text, score = _read(box.of(window.mean))
+        if score >= READ and sum(letter.isalnum() for letter in text) >= SHORTEST:
+            tracks.append(Track(large, text, score, "", window.first, window.last, strokes.copy()))
+
+
+def _drawn(box: Box, window: _Window, before: _Window | None, after: _Window | None) -> bool:
+    """Whether what a box holds was drawn over the scene, by either of the two signs."""
+    contrast, deviation = box.of(window.contrast), box.of(window.deviation)
+    core = contrast > max(CONTRAST, 0.4 * np.percentile(contrast, 98))
+    if core.sum() < 20 or core.all():
+        return False
+    scene = float(np.percentile(deviation[~core], 75))
+    if scene >= MOVES and np.median(deviation[core]) <= STILL * scene:
+        return True
+    for other in (before, after):
+        if other is not None:
+            change = cv2.absdiff(box.of(window.mean), box.of(other.mean))[~core]
+            stays = np.median(change) <= 5 and np.percentile(change, 80) <= 12
+            if stays and np.median(box.of(other.contrast)[core]) < 0.4 * np.median(contrast[core]):
+                return True
+    return False
+
+
+def _alike(a: np.ndarray, b: np.ndarray) -> float:
+    """Correlation of two pictures, the second brought to the size of the first."""
+    b = cv2.resize(b, a.shape[::-1]).astype(np.float32)
+    a, b = a - a.mean(dtype=np.float32), b - b.mean()
+    return float((a * b).mean() / (a.std() * b.std() + 1e-6))
+
+
+def _kind(track: Track, film: Film, windows: int) -> str:
+    h, w = film.kind.height, film.kind.width
+    y, x = (track.box.top + track.box.bottom) / 2 / h, (track.box.left + track.box.right) / 2 / w
+    whole = track.last - track.first >= 0.8 * (windows - 1) * SPACING
+    if whole and (y < 0.25 or y > 0.75) and (x < 0.35 or x > 0.65):
+        return "logo"
+    return "subtitle" if y > 0.6 and 0.3 < x < 0.7 else "caption"
+
+
+# Reading
+
+@cache
+def _engine():
+    try:
+        from rapidocr import RapidOCR
+    except ImportError as error:
+        raise ValueError("finding burned text needs rapidocr: pip install rapidocr onnxruntime") from error
+    threads = {f"EngineConfig.onnxruntime.{name}_op_num_threads": 1 for name in ("intra", "inter")}
+    return RapidOCR(params={"Global.log_level": "error", "Det.limit_side_len": 320, **threads})
+
+
+def _detected(y: np.ndarray) -> list[Box]:
+    """Boxes of text in a picture [h w]."""
+    found = _engine()(np.repeat(y[..., None], 3, 2), use_det=True, use_cls=False, use_rec=False)
+    out = []
+    for corners in found.boxes if found.boxes is not None else []:
+        left, top = np.floor(corners.min(0)).astype(int)
+        right, bottom = np.ceil(corners.max(0)).astype(int)
+        out.append(Box(max(int(top), 0), max(int(left), 0), min(int(bottom), y.shape[0]), min(int(right), y.shape[1])))
+    return [box for box in out if box.area() > 0]
+
+
+def _read(y: np.ndarray) -> tuple[str, float]:
+    """What a box [h w] says, and the reading's score."""
+    found = _engine()(np.repeat(y[..., None], 3, 2), use_det=False, use_cls=False, use_rec=True)
+    return (found.txts[0], float(found.scores[0])) if found.txts else ("", 0.0)
+
+
+# Repairs
+
+def _cut(film: Film, tracks: list[Track], windows: int) -> Box | None:
+    """What is left of the picture when the edges with text go, or None when that is too much or the text shows too seldom."""
+    h, w = film.kind.height, film.kind.width
+    shown = sum(track.last - track.first + 1 for track in tracks)
+    if shown < OFTEN * ((windows - 1) * SPACING + LENGTH):
+        return None
+    sides = [0, 0, h, w]
+    for track in sorted(tracks, key=lambda track: -track.box.area()):
+        box = track.box
+        cuts = [(box.bottom * w, 0, box.bottom), (box.right * h, 1, box.right),
+                ((h - box.top) * w, 2, box.top), ((w - box.left) * h, 3, box.left)]
+        if box.bottom <= sides[0] or box.right <= sides[1] or box.top >= sides[2] or box.left >= sides[3]:
+            continue
+        _, side, at = min(cuts)
+        sides[side] = max(sides[side], at) if side < 2 else min(sides[side], at)
+    margin = 2 * max(round(h / 360), 1)  # codecs smear letters
+    top, left = ((side + margin + 1) // 2 * 2 if side else 0 for side in sides[:2])
+    bottom, right = ((side - margin) // 2 * 2 if side < full else side for side, full in zip(sides[2:], (h, w), strict=True))
+    box = Box(top, left, bottom, right)
+    return box if box.area() >= (1 - CUT) * h * w else None
+
+
+def _filled(pictures: Iterator[Picture], tracks: list[Track]) -> Iterator[Picture]:
+    """Pictures with the strokes of all tracks filled where they show."""
+    for i, picture in enumerate(pictures):
+        near = [track for track in tracks if track.first - SPACING <= i <= track.last + SPACING]
+        mask = _mask(picture.y, near) if near else None
+        if mask is None:
+            yield picture
+            continue
+        planes = []
+        for plane in picture[:3]:
+            small = mask if plane.shape == mask.shape else cv2.resize(mask, plane.shape[::-1], interpolation=cv2.INTER_AREA)
+            planes.append(_inpainted(plane, (small > 0).astype(np.uint8)))
+        yield Picture(*planes, picture.at_s)
+
+
+def _mask(y: np.ndarray, tracks: list[Track]) -> np.ndarray | None:
+    """Where the strokes of tracks and their edges are in a picture: uint8 [h w] of 0 and 255; None when it shows none of them."""
+    mask = None
+    for track in tracks:
+        box = track.box
+        here = _contrast(cv2.resize(box.of(y), track.strokes.shape[::-1], interpolation=cv2.INTER_AREA))
+        if _alike(track.strokes, here) < 0.3:
+            continue
+        if mask is None:
+            mask = np.zeros(y.shape, np.uint8)
+        core = (track.strokes > max(12, 0.25 * np.percentile(track.strokes, 98))).astype(np.uint8) * 255
+        core = cv2.resize(core, (box.right - box.left, box.bottom - box.top), interpolation=cv2.INTER_NEAREST)
+        box.of(mask)[:] |= core
+    if mask is not None:
+        grow = 2 * round(max(y.shape[0] / 360, 1) * 3) + 1
+        mask = cv2.dilate(mask, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (grow, grow)))
+    return mask
+
+
+def _inpainted(plane: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The plane with the mask filled from its borders; works on the part around it."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return plane
+    part = np.s_[max(rows[0] - 8, 0):rows[-1] + 9, max(columns[0] - 8, 0):columns[-1] + 9]
+    out = plane.copy()
+    out[part] = cv2.inpaint(plane[part], mask[part], 3, cv2.INPAINT_TELEA)
+    return out
+
+
+if __name__ == "__main__":
+    sys.exit(main(overlay, argparse.ArgumentParser(description="Find burned text and remove it")))
