@@ -63,8 +63,9 @@ class _Field:
     step_s: float  # to the next field
     comb: np.ndarray  # of each block, woven with the field before: how far lines lie outside the two around them
     fine: np.ndarray  # of each block: the same among the field's own lines, which is fine detail
-    change: float  # difference from the field two before, in the blocks where it is greatest
+    change: np.ndarray  # of each block: difference from the field two before
     teeth: float = 0.0  # comb beyond what the block shows around in time, in the blocks where it is greatest
+    moved: float = 0.0  # change, in the blocks where it is greatest
     weights: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # cost of link, cut, same, other: see _weighed
 
 
@@ -101,9 +102,9 @@ def inverse(pictures: Iterable[Picture], order: str, fill: Fill | None = None, c
 
 # What is seen of the fields
 
-def _blocks(levels: np.ndarray) -> np.ndarray:
-    h, w = levels.shape
-    size = max(1, w // BLOCK[0]), max(1, h // BLOCK[1])
+def _blocks(levels: np.ndarray, lines: int) -> np.ndarray:
+    """Means of blocks of what is known of a field of so many lines, be it without its outermost ones."""
+    size = max(1, levels.shape[1] // BLOCK[0]), max(1, lines // BLOCK[1])
     return cv2.resize(levels.astype(np.float32), size, interpolation=cv2.INTER_AREA)
 
 
@@ -121,7 +122,7 @@ def _outside(lines: np.ndarray, above: np.ndarray, below: np.ndarray) -> np.ndar
 def _combs(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
     """How combed two fields look when woven."""
     n = len(bottom)
-    return _blocks(cv2.add(_outside(bottom[:n - 1], top[:n - 1], top[1:n]), _outside(top[1:n], bottom[:n - 1], bottom[1:])))
+    return _blocks(cv2.add(_outside(bottom[:n - 1], top[:n - 1], top[1:n]), _outside(top[1:n], bottom[:n - 1], bottom[1:])), n)
 
 
 def _measured(pictures: Iterable[Picture], order: str) -> Iterator[_Field]:
@@ -131,11 +132,11 @@ def _measured(pictures: Iterable[Picture], order: str) -> Iterator[_Field]:
         step = near[-1].at_s - picture.at_s if near[-1] is not picture else step
         for parity in (first, 1 - first):
             lines = picture.y[parity::2]
-            fine = _blocks(_outside(lines[1:-1], lines[:-2], lines[2:]))
+            fine = _blocks(_outside(lines[1:-1], lines[:-2], lines[2:]), picture.y.shape[0] // 2)
             comb = np.zeros_like(fine)
             if before:
                 comb = _combs(before[-1], lines) if parity else _combs(lines, before[-1])
-            change = _greatest(_blocks(cv2.absdiff(lines, before[0]))) if len(before) == 2 else 0.0
+            change = _blocks(cv2.absdiff(lines, before[0]), picture.y.shape[0] // 2) if len(before) == 2 else np.zeros_like(fine)
             yield _Field(number, picture, parity, picture.at_s + number % 2 * step / 2, step / 2, comb, fine, change)
             before.append(lines)
             number += 1
@@ -147,13 +148,15 @@ def _weighed(fields: Iterable[_Field]) -> Iterator[_Field]:
     """
     def toothed():
         for item, near in around(fields, 2):
-            item.teeth = _greatest(item.comb - np.min([other.comb for other in near if other.number], 0)) if item.number else 0.0
+            combs = np.sort([other.comb for other in near if other.number] or [item.comb], 0)
+            film = combs[min(1, len(combs) - 1)] <= COMBED + FINE * item.fine  # else combed with every field: a title of its own
+            item.teeth, item.moved = _greatest((item.comb - combs[0]) * film), _greatest(item.change * film)
             yield item
 
     for item, near in around(toothed(), REACH):
-        teeth, change = (max(getattr(other, name) for other in near) for name in ("teeth", "change"))
-        combed, changed = item.teeth / max(teeth, 1e-6), item.change / max(change, 1e-6)
-        sure, surely = teeth / (teeth + NOISE), change / (change + NOISE)
+        teeth, moved = (max(getattr(other, name) for other in near) for name in ("teeth", "moved"))
+        combed, changed = item.teeth / max(teeth, 1e-6), item.moved / max(moved, 1e-6)
+        sure, surely = teeth / (teeth + NOISE), moved / (moved + NOISE)
         item.weights = combed * sure, (1 - combed) * sure, changed * surely, (1 - changed) * surely
         yield item
 
