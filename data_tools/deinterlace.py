@@ -191,8 +191,13 @@ def _combs(pictures: list[Picture]) -> float:
     return float(np.mean([cv2.absdiff(cv2.addWeighted(y[:-2], 0.5, y[2:], 0.5, 0), y[1:-1]).mean() for y, *_ in pictures]))
 
 
+def command(argv: list[str] | None = None) -> int:
+    """The command line of the stage."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--grade", choices=fill.GRADES, default="fast", help="of the filled lines: see data_tools.fill")
+    parser.add_argument("--rate", choices=fill.RATES, default="frame", help="of interlaced film: a picture a frame or a field")
+    return main(deinterlace, parser, argv)
+
+
 if __name__ == "__main__":
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--grade", choices=fill.GRADES, default="fast", help="of the filled lines: see data_tools.fill")
-    options.add_argument("--rate", choices=fill.RATES, default="frame", help="of interlaced film: a picture a frame or a field")
-    sys.exit(main(deinterlace, options))
+    sys.exit(command())

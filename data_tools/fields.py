@@ -344,7 +344,7 @@ def _segment(path: np.ndarray, votes: np.ndarray, weights: np.ndarray, scores: n
     last, whole, weight = first + len(path), votes.sum(1), weights.sum(1)
     if weight.sum() < FEW:
         return Segment(first, last, "unknown", 0.0)
-    parts = _parts(votes, weights)
+    parts = _parts(path, votes, weights)
     share, errors = lean_of(whole, weight)
     if parts is not None:
         mode, phase = _mode_at(parts[0])
@@ -366,11 +366,12 @@ def _mode_at(path: np.ndarray) -> tuple[Mode, int]:
     return modes()[mode], int(path[0] - _states().first[mode])
 
 
-def _parts(votes: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, str] | None:
+def _parts(path: np.ndarray, votes: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, str] | None:
     """The path of the film where some cells are video and the others film, and the video's order; None where all are alike."""
     total, fast = weights.sum(0), votes[:, :, FAST].sum(0)
-    top, bottom = (votes[:, :, [side[0], side[-2], side[-1]]].sum(0) for side in (TOP, BOTTOM))  # of video, smoothed or not
-    combed = (np.maximum(top[:, [0, 2]].sum(1), bottom[:, [0, 2]].sum(1)) > VIDEO * np.maximum(total, FEW)) \
+    plain = np.isin(_states().mark[path], (0, TOP[0], BOTTOM[0]))  # where shifted film, smoothed by a coder, is not taken for video
+    top, bottom = (votes[plain][:, :, [side[0], side[-2], side[-1]]].sum(0) for side in (TOP, BOTTOM))  # of video, smoothed or not
+    combed = (np.maximum(top[:, [0, 2]].sum(1), bottom[:, [0, 2]].sum(1)) > VIDEO * np.maximum(weights[plain].sum(0), FEW)) \
         | (fast > np.maximum(FEW, PART * total))
     rest = total[~combed].sum()
     if not combed.any() or rest < PART * total.sum():
@@ -380,10 +381,9 @@ def _parts(votes: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, str] | N
     film = likeliest(*part, np.ones(len(modes()), bool))
     video = likeliest(*part, np.array([mode.verdict == order for mode in modes()]))
     mode, (share, _) = _mode_at(film.states)[0], lean_of(*part)
-    plain = abs(share) < WHOLE and rest > MOST * total.sum()
-    if film.likelihood > video.likelihood + MARGIN and (mode.kind == "telecine" or (mode.kind == "progressive" and plain)):
-        return film.states, order
-    return None
+    whole = mode.kind == "progressive" and abs(share) < WHOLE and rest > MOST * total.sum()
+    fits = film.likelihood > video.likelihood + MARGIN and (mode.kind == "telecine" or whole)
+    return (film.states, order) if fits else None
 
 
 def _joined(segments: list[Segment], pictures: int, cuts: np.ndarray, weight: np.ndarray) -> list[Segment]:

@@ -1,0 +1,233 @@
+"""Which fields belong together, and the stage that acts on it: on scenes woven, pulled down and coded with known truth."""
+
+import json
+from functools import cache
+
+import numpy as np
+import pytest
+
+from data_tools import degrade, fields, film, measure
+from data_tools.deinterlace import _misfit, command, deinterlace
+from data_tools.fields import TOP, Segment, analyse, mark_of
+from data_tools.film import Clip, from_clip
+
+SIZE = {"height": 180, "width": 320}
+
+
+@cache
+def scene(seed: int = 3, frames: int = 48) -> Clip:
+    return degrade.synth(seed, frames, **SIZE)
+
+
+def after(one: Clip, other: Clip) -> Clip:
+    """One clip and then another."""
+    joined = [np.concatenate(pair) for pair in zip(one[:3], other[:3], strict=True)]
+    return Clip(*joined, np.arange(len(joined[0]), dtype=float)).timed(25)
+
+
+def titled(clip: Clip, order: str) -> Clip:
+    """A clip under a line of text that moves with the fields."""
+    twice = clip.take(np.repeat(np.arange(len(clip.y)), 2)).timed(50)
+    return degrade.weave(degrade.ticker(twice, "SOME NEWS THAT RUN ALONG THE BOTTOM " * 3, 2.5, height=28, x0=200.0)[0], order)
+
+
+CODED = {"clean": lambda clip: clip, "crf 28": lambda clip: degrade.coded(clip, 28),
+         "mpeg2": lambda clip: degrade.coded(clip, codec="mpeg2video", bit_rate=800_000),
+         "noise": lambda clip: degrade.tape(clip, 1, noise=8, jitter=0)}
+
+
+# Marks and verdicts
+
+def test_marks_of_fields_by_their_times():
+    assert mark_of((0, 0), (1, 1)) == 0
+    assert mark_of((0, 0.5), (1, 1.5)) == TOP[0]  # interlaced, top first
+    assert mark_of((1, 1), (1, 2)) == TOP[1]  # from film to a picture of two
+    assert mark_of((1, 2), (2, 3)) == TOP[2]
+    assert mark_of((2, 3), (3, 3)) == TOP[3]
+    assert mark_of((0.5, 0), (1.5, 1)) == fields.BOTTOM[0]
+
+
+@pytest.mark.parametrize("how", CODED)
+@pytest.mark.parametrize("seed", [3, 4])
+def test_progressive_stays_progressive(how, seed):
+    analysis = analyse(from_clip(CODED[how](scene(seed))))
+    assert analysis.verdict == "progressive" and analysis.confidence > 0.8
+    assert [(segment.first, segment.last) for segment in analysis.segments] == [(0, 48)]
+
+
+@pytest.mark.parametrize("how", CODED)
+@pytest.mark.parametrize("lowpass", ["none", "soft"])
+@pytest.mark.parametrize("order", degrade.ORDERS)
+def test_video_is_told_with_its_order(order, lowpass, how):
+    analysis = analyse(from_clip(CODED[how](degrade.weave(scene(4), order, lowpass))))
+    assert analysis.verdict == order and analysis.confidence > 0.6
+    assert {segment.order for segment in analysis.segments} == {order}
+
+
+@pytest.mark.parametrize("how", ["clean", "crf 28"])
+@pytest.mark.parametrize(("pattern", "phase"), [("2:3", 0), ("2:3", 3), ("2:3:3:2", 0), ("2:3:3:2", 1), ("euro", 7)])
+def test_telecine_is_told_with_its_pattern(pattern, phase, how):
+    order = degrade.ORDERS[phase % 2]
+    analysis = analyse(from_clip(CODED[how](degrade.telecine(scene(), pattern, phase, order).clip)))
+    assert analysis.verdict == "telecine"
+    assert [(segment.pattern, segment.order) for segment in analysis.segments] == [(pattern, order)]
+
+
+def test_phase_of_a_pulldown():
+    phases = [analyse(from_clip(degrade.telecine(scene(), "2:3", 2 * k).clip)).segments[0].phase for k in range(5)]
+    assert np.array_equal((np.array(phases) - phases[0]) % 5, np.arange(5))
+
+
+def test_telecine_is_followed_through_breaks_of_its_cadence():
+    pulled = degrade.telecine(scene(), "2:3", 0, cuts=((31, 3), (70, 1))).clip
+    analysis = analyse(from_clip(pulled))
+    assert analysis.verdict == "telecine" and len(analysis.segments) == 1
+
+
+@pytest.mark.parametrize("order", degrade.ORDERS)
+def test_shifted_film_is_no_video(order):
+    shifted = degrade.telecine(scene(), "2:2", 1, order).clip
+    for how in ("clean", "noise"):
+        analysis = analyse(from_clip(CODED[how](shifted)))
+        assert analysis.verdict == "shifted" and analysis.segments[0].order == order, how
+
+
+def test_a_flip_of_the_order_makes_two_segments():
+    flipped = after(degrade.weave(scene(), "tff"), degrade.weave(scene(4), "bff"))
+    segments = analyse(from_clip(flipped)).segments
+    assert [segment.verdict for segment in segments] == ["tff", "bff"]
+    assert abs(segments[0].last - 24) <= 1 and segments[1].last == 48
+
+
+def test_parts_in_time_and_parts_of_the_picture_make_hybrids():
+    film_part = degrade.telecine(scene(), "2:3").clip
+    in_time = analyse(from_clip(after(film_part, degrade.weave(scene(4)))))
+    assert in_time.verdict == "hybrid" and [segment.kind for segment in in_time.segments] == ["telecine", "interlaced"]
+    for under in (film_part, scene()):
+        over = analyse(from_clip(titled(under, "tff")))
+        assert over.verdict == "hybrid" and over.segments[0].order == "tff"
+
+
+# What is no evidence
+
+def test_what_never_moves_is_progressive_without_confidence():
+    still = degrade.synth(1, 6, **SIZE)
+    for clip in (still.take([0] * 6).timed(25), still.take([0]), still.each(lambda planes: planes * 0 + 16)):
+        analysis = analyse(from_clip(clip))
+        assert analysis.verdict == "progressive" and analysis.confidence == 0
+    noisy = degrade.tape(degrade.synth(2, 30, still=True, **SIZE), 1, noise=10, jitter=0)
+    assert analyse(from_clip(noisy)).verdict == "progressive"
+
+
+def test_cuts_repeats_and_fine_lines_are_no_evidence():
+    cuts = np.concatenate([[k] * 5 for k in range(6)])
+    shots = Clip(*(np.concatenate([scene(seed)[k][:1] for seed in range(6)]) for k in range(3)), np.arange(6.0)).take(cuts)
+    assert analyse(from_clip(shots.timed(25))).verdict == "progressive"
+    assert analyse(from_clip(scene().take(np.arange(48) // 2).timed(25))).verdict == "progressive"
+    assert analyse(from_clip(degrade.mistimed(scene(), 1, 0.3)[0])).verdict == "progressive"
+    lines = scene().y.copy()
+    lines[:, ::2] = np.clip(lines[:, ::2].astype(int) - 40, 16, 235)
+    assert analyse(from_clip(scene()._replace(y=lines))).verdict == "progressive"
+
+
+@pytest.mark.parametrize("frames", [2, 4, 6])
+def test_few_pictures(frames):
+    assert analyse(from_clip(degrade.weave(scene().take(slice(frames))))).verdict in ("tff", "progressive")
+    assert analyse(from_clip(scene().take(slice(frames)))).verdict == "progressive"
+
+
+def test_odd_and_tiny_sizes():
+    for height, width in ((181, 321), (17, 33), (12, 12), (1, 2)):
+        clip = Clip(*(planes[:, :height, :width] for planes in scene()[:3]), scene().at_s)
+        assert analyse(from_clip(clip)).verdict == "progressive"
+
+
+def test_evidence_is_small_and_repeats():
+    clip = degrade.weave(scene())
+    one, other = (fields.gather(iter(from_clip(clip))) for _ in range(2))
+    assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+    assert sum(part.nbytes for part in one) < 700 * len(clip.y)
+
+
+# The stage
+
+def repaired(clip: Clip, truth: Clip, **options) -> tuple[object, Clip, float]:
+    """The outcome, its film, and the 5th percentile of the PSNR of its pictures to the true ones that they show."""
+    outcome = deinterlace(from_clip(clip), **options)
+    out = film.to_clip(outcome.film)
+    assert (np.diff(out.at_s) > 0).all()
+    shown = measure.matched(out.y, truth.y)
+    return outcome, out, float(np.percentile([measure.psnr(out.y[i], truth.y[j]) for i, j in enumerate(shown)], 5))
+
+
+def test_progressive_film_is_given_back_itself():
+    given = from_clip(scene())
+    outcome = deinterlace(given)
+    assert outcome.film is given and outcome.verdict == "progressive" and not outcome.edits
+
+
+@pytest.mark.parametrize(("rate", "count"), [("frame", 24), ("field", 48)])
+def test_video_is_filled_at_either_rate(rate, count):
+    outcome, out, quality = repaired(degrade.weave(scene(), "bff"), scene(), rate=rate)
+    assert outcome.verdict == "bff" and len(out.y) == count and quality > 30
+    assert [(edit.step, edit.settings["order"], edit.settings["rate"]) for edit in outcome.edits] == [("deinterlace", "bff", rate)]
+    assert outcome.film.kind.rate == from_clip(degrade.weave(scene())).kind.rate * (2 if rate == "field" else 1)
+
+
+def test_telecine_gives_the_film_back_exactly():
+    outcome, out, quality = repaired(degrade.telecine(scene(), "2:3", 2).clip, scene())
+    assert outcome.verdict == "telecine" and abs(len(out.y) - 47) <= 1 and quality == measure.CAP_DB
+    assert outcome.film.kind.rate == 25
+
+
+@pytest.mark.parametrize("order", degrade.ORDERS)
+def test_shifted_film_is_only_woven_again(order):
+    outcome, out, quality = repaired(degrade.telecine(scene(), "2:2", 1, order).clip, scene())
+    assert outcome.verdict == "shifted" and outcome.edits[0].step == "reweave" and quality == measure.CAP_DB
+    assert len(out.y) == 46  # of 47 pictures the first and the last hold a field of their own
+
+
+def test_mixed_pictures_are_unmixed():
+    outcome, out, quality = repaired(degrade.blended(scene(), 30, 24)[0], scene())
+    assert outcome.verdict == "blended" and outcome.edits[0].step == "deblend" and quality > 40
+
+
+def test_each_segment_gets_its_own_repair():
+    film_part, video = degrade.telecine(scene(), "2:3").clip, degrade.weave(scene(4))
+    outcome = deinterlace(from_clip(after(film_part, video)))
+    out = film.to_clip(outcome.film)
+    assert outcome.verdict == "hybrid" and [edit.step for edit in outcome.edits] == ["telecine", "deinterlace"]
+    assert abs(len(out.y) - (48 + 24)) <= 2 and (np.diff(out.at_s) > 0).all()
+    assert [segment["verdict"] for segment in outcome.found["segments"]] == ["telecine", "tff"]
+
+
+def test_the_gate_refuses_what_does_not_fit():
+    pictures = list(from_clip(scene()))[:20]
+    for verdict, order, pattern in (("tff", "tff", ""), ("bff", "bff", ""), ("shifted", "tff", "2:2")):
+        assert _misfit(Segment(0, 20, verdict, 0.9, order, pattern), pictures) is not None
+    woven = list(from_clip(degrade.weave(scene())))
+    assert _misfit(Segment(0, 24, "tff", 0.9, "tff"), woven) is None
+    assert _misfit(Segment(0, 24, "bff", 0.9, "bff"), woven) is not None
+
+
+def test_a_refused_repair_leaves_the_film_and_says_so(monkeypatch):
+    given = from_clip(scene())
+    wrong = fields.Analysis("tff", 0.9, (Segment(0, 48, "tff", 0.9, "tff"),))
+    monkeypatch.setattr(fields, "analyse", lambda film: wrong)
+    outcome = deinterlace(given)
+    assert outcome.film is given and not outcome.edits and "left alone" in outcome.notes[0]
+
+
+def test_unknown_options_are_refused():
+    for options in ({"grade": "fastest"}, {"rate": "fields"}):
+        with pytest.raises(ValueError, match="unknown; it is one of"):
+            deinterlace(from_clip(scene()), **options)
+
+
+def test_command_line(tmp_path):
+    source, out, report = tmp_path / "in.mp4", tmp_path / "out.mp4", tmp_path / "r.json"
+    film.write(source, from_clip(degrade.weave(scene())), crf=14)
+    assert command([str(source), "--out", str(out), "--report", str(report), "--rate", "field"]) == 0
+    told = json.loads(report.read_text())
+    assert told["verdict"] == "tff" and told["edits"][0]["settings"]["rate"] == "field" and told["confidence"] > 0.6
+    assert len(film.to_clip(film.read(out)).y) == 48
