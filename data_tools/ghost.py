@@ -21,7 +21,7 @@ LOW, HIGH, BINS = -0.3, 1.3, 80  # of the ratios D/E and F/E
 STEP = (HIGH - LOW) / BINS
 TILES = 3  # the picture is looked at in 3 x 3 parts, because a may change over it
 WEAKEST, STRONGEST = 0.08, 0.82  # of a and b: below, a ghost cannot be seen; above, it is a dissolve
-SIGNAL = 12.0  # levels from which on a difference E counts
+SIGNAL, SIGNAL_CHROMA = 12.0, 5.0  # levels from which on a difference E counts
 CONTRAST = 1.5  # of the heap over its bed, from which on it may be a ghost
 FAINT = 1.3  # the same where there is no heap at (0, 0)
 AMID = 0.8  # and over the heap of the ghostless, at (0, 0)
@@ -54,16 +54,17 @@ class Found:
 class Watch:
     """Collects the evidence for ghosts from the pictures of a film in order: `add` each plane, then ask `found`.
 
-    every: how many pictures apart evidence is taken. Memory: four shrunken pictures and the counts.
+    every: how many pictures apart evidence is taken; signal: levels from which on a difference counts. Memory: four shrunken
+    pictures and the counts.
     """
 
-    def __init__(self, every: int = 2):
-        self.every, self.seen, self.recent = every, 0, []
+    def __init__(self, every: int = 2, signal: float = SIGNAL):
+        self.every, self.signal, self.seen, self.recent = every, signal, 0, []
         self.heap = np.zeros((PHASES, TILES * TILES, BINS, BINS))
         self.flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
 
     def add(self, plane: np.ndarray) -> None:
-        """The next picture's luma [h w] uint8."""
+        """The next picture's plane [h w] uint8."""
         self.recent = [*self.recent[-3:], shrunk(plane)]
         if self.seen % self.every == 0 and len(self.recent) == 4 and self.recent[0].shape == self.recent[3].shape:
             self._look(self.seen // self.every % PHASES)
@@ -80,7 +81,7 @@ class Watch:
 
             first = last - follow(before)
             self._count(phase, first, now - follow(last), after - follow(now))
-            if (np.abs(first) > SIGNAL).sum() < 0.25 * (np.abs(still) > SIGNAL).sum():
+            if (np.abs(first) > self.signal).sum() < 0.25 * (np.abs(still) > self.signal).sum():
                 return  # nothing stands still here, and what slides along may heap up anywhere
         self._count(phase, still, now - last, after - now)
 
@@ -98,7 +99,7 @@ class Watch:
         return smooth[..., 0] + x, smooth[..., 1] + y
 
     def _count(self, phase: int, first: np.ndarray, second: np.ndarray, third: np.ndarray) -> None:
-        strong = np.abs(first) > SIGNAL
+        strong = np.abs(first) > self.signal
         strong[:2] = strong[-2:] = strong[:, :2] = strong[:, -2:] = False  # motion leads out of the picture there
         places = np.flatnonzero(strong)
         e = first.ravel()[places]
@@ -109,7 +110,7 @@ class Watch:
         inside = (i >= 0) & (i < BINS) & (j >= 0) & (j < BINS)
         h, w = first.shape
         tile = places // w * TILES // h * TILES + places % w * TILES // w
-        worth = np.clip((np.abs(e) - SIGNAL) / 10, 0, 4) ** 2 / 4
+        worth = np.clip((np.abs(e) - self.signal) / 10, 0, 4) ** 2 / 4
         index = ((tile * BINS + i) * BINS + j)[inside]
         self.heap[phase] += np.bincount(index, worth[inside], self.heap[0].size).reshape(self.heap[0].shape)
 
@@ -210,6 +211,16 @@ def analyse(film: Film, every: int = 1) -> list[Found]:
     for picture in film:
         watch.add(picture.y)
     return watch.found()
+
+
+def in_chroma(film: Film, found: Found) -> bool:
+    """Whether u and v have the ghost of the luma too; True when they do not show it."""
+    watches = [Watch(1, SIGNAL_CHROMA) for _ in range(2)]
+    for picture in film:
+        for watch, plane in zip(watches, (picture.u, picture.v), strict=True):
+            watch.add(plane)
+    curve = _contrast(sum(watch.heap.sum((0, 1)) for watch in watches), found.kind)
+    return bool(curve[round(found.share * 100)] > curve[0] - 0.02)
 
 
 def repair(film: Film, found: Found) -> Film:

@@ -1,0 +1,136 @@
+"""Restores what tapes, recorders and codecs did to whole pictures: repeats, ghosts, dropouts, flicker and the edges of blocks.
+
+    python -m data_tools.restore IN.mp4 --out OUT.mp4 --report R.json
+
+In that order, each looked for in what the one before left. Every repair has to prove itself: a ghost laid over the repaired film
+must give the film back, and no repaired film may show what was repaired again; else the film stays as it was and a note says why.
+Jumps, places where pictures are missing, are reported and left.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+
+import numpy as np
+
+from data_tools import dropout, ghost, smooth, timing
+from data_tools.film import Film, Picture
+from data_tools.stage import Edit, Outcome, main
+
+LEFT = 0.25  # most of the lost runs, or of the flicker, that a repair may leave
+STILL_BLOCKY = 0.6  # most of the blocks' excess that may be left
+
+
+class Look:
+    """What one passage through a film shows of all damages."""
+
+    def __init__(self):
+        self.ghosts, self.losses = ghost.Watch(), dropout.Watch()
+        self.gains, self.blocks = smooth.FlickerWatch(), smooth.BlockWatch()
+
+    def over(self, film: Film) -> "Look":
+        """Goes through the film."""
+        for _ in self.beside(iter(film)):
+            pass
+        return self
+
+    def beside(self, pictures: Iterator[Picture]) -> Iterator[Picture]:
+        """The same pictures, looked at as they pass."""
+        for picture in pictures:
+            for watch in (self.ghosts, self.losses, self.gains, self.blocks):
+                watch.add(picture.y)
+            yield picture
+
+    def trace(self) -> dict:
+        """The measurements, for the report."""
+        blocks = self.blocks.measured()
+        return {"ghost": self.ghosts.trace(), "dropouts": self.losses.trace(), "blockiness": blocks and round(blocks.score, 3)}
+
+
+def restore(film: Film) -> Outcome:
+    """The film without its repeats, ghost, dropouts, flicker and blocks; the very same film when it has none, or no repair fits.
+
+    The verdict names the repaired damages, joined by "+", in the order of repair, or is "nothing".
+    """
+    outcome, look = Outcome(film, "nothing", 1.0), Look()
+    times = timing.analyse(film.through(look.beside))
+    outcome.found = look.trace() | {"repeats": int(times.duplicate.sum()),
+                                    "jumps": [round(jump.at_s, 3) for jump in times.jumps]}
+    if times.jumps:
+        outcome.notes.append(f"pictures seem to be missing at {len(times.jumps)} places; they are left")
+    if times.duplicate.any():
+        score = np.abs(times.score[times.duplicate])
+        _accept(outcome, timing.repair(film, times), "repeats", {"left out": int(times.duplicate.sum())},
+                float(np.mean(1 / (1 + np.exp(-score)))))
+        look = Look().over(outcome.film)
+    for step in (_deghost, _fill, _steady, _deblock):
+        look = step(outcome, look)
+    outcome.verdict = "+".join(edit.step for edit in outcome.edits) or "nothing"
+    if outcome.edits:
+        outcome.confidence = min(edit.confidence for edit in outcome.edits)
+    return outcome
+
+
+def _accept(outcome: Outcome, film: Film, step: str, settings: dict, confidence: float) -> None:
+    outcome.film = film
+    outcome.edits.append(Edit(step, settings, round(confidence, 4)))
+
+
+def _deghost(outcome: Outcome, look: Look) -> Look:
+    for found in look.ghosts.found():
+        found = replace(found, chroma=ghost.in_chroma(outcome.film, found))
+        repaired = ghost.repair(outcome.film, found)
+        why = ghost.prove(outcome.film, repaired, found)
+        if not why:
+            _accept(outcome, repaired, "ghost", asdict(found), found.confidence)
+            return Look().over(repaired)
+        outcome.notes.append(f"it looks like a ghost ({found.kind} of {found.share:.2f}) but is left alone: {why}")
+    return look
+
+
+def _fill(outcome: Outcome, look: Look) -> Look:
+    if not look.losses.found():
+        return look
+    repaired = dropout.repair(outcome.film)
+    after = Look().over(repaired)
+    if after.losses.runs > LEFT * look.losses.runs:
+        outcome.notes.append(f"{look.losses.runs} parts of lines look lost but are left: filling them leaves {after.losses.runs}")
+        return look
+    confidence = 1 - after.losses.runs / look.losses.runs
+    _accept(outcome, repaired, "dropouts", {"pictures": look.losses.damaged, "runs": look.losses.runs}, confidence)
+    return after
+
+
+def _steady(outcome: Outcome, look: Look) -> Look:
+    flicker = look.gains.found()
+    if flicker is None:
+        return look
+    repaired = smooth.steadied(outcome.film, flicker)
+    after = Look().over(repaired)
+    rest, before = (float(np.square(np.diff(gains.fast())).sum()) for gains in (after.gains, look.gains))
+    if rest > LEFT * before:
+        outcome.notes.append(f"it looks like flicker but is left alone: taking the gains out leaves {rest / before:.0%} of it")
+        return look
+    _accept(outcome, repaired, "flicker", {"log_gain": [round(float(gain), 4) for gain in flicker.log_gain]}, flicker.confidence)
+    return after
+
+
+def _deblock(outcome: Outcome, look: Look) -> Look:
+    blocks = look.blocks.found()
+    if blocks is None:
+        return look
+    repaired = smooth.deblocked(outcome.film, blocks)
+    after = smooth.BlockWatch()
+    for picture in repaired:
+        after.add(picture.y)
+    left = (after.measured().score - 1) / (blocks.score - 1)
+    if left > STILL_BLOCKY:
+        outcome.notes.append(f"it looks blocky ({blocks.score:.2f}) but is left alone: softening leaves {left:.0%} of it")
+        return look
+    _accept(outcome, repaired, "blocks", asdict(blocks), 1 - 0.5 * left)
+    return look
+
+
+if __name__ == "__main__":
+    sys.exit(main(restore, argparse.ArgumentParser(description="Take repeats, ghosts, dropouts, flicker and blocks out of a film")))
