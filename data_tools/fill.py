@@ -161,7 +161,7 @@ class Evidence(NamedTuple):
     """What the network is told of the missing lines of one plane: all uint8 but the places, which are signed."""
 
     base: np.ndarray  # [m w] bwdif's lines
-    known: np.ndarray  # [m w] the lines of this field; of the same number, above when `below` is set
+    known: np.ndarray  # [m w] the lines of this field, each above the missing one of the same number
     fields: np.ndarray  # [2 m w] fields -1 and +1, which hold the missing lines at their own times
     moved: np.ndarray  # [4 m w] missing lines of the bwdif pictures of fields -1, +1, -2, +2, moved to this field's time
     moved_known: np.ndarray  # [4 m w] known lines of the same
