@@ -26,6 +26,7 @@ from data_tools.stage import Edit, Outcome, main
 
 LENGTH, SPACING, EVERY = 24, 48, 3  # pictures of a window, from one to the next, and one in so many of it is looked at
 WIDTH = 640  # columns that pictures are shrunk to, at most
+EDGE = 3  # pixels of the shrunk picture around what the detector boxes
 STROKE = 15  # pixels of the shrunk picture: what is wider is no stroke
 CONTRAST = 24  # levels between strokes and what is around them
 MOVES = 3.5  # levels of deviation over time, at least, of a scene that moves between the strokes
@@ -33,6 +34,9 @@ STILL = 0.65  # of it that the strokes may show
 READ, SHORTEST = 0.8, 3  # score of a reading, and its letters
 CUT = 0.2  # share of the picture that may be cut off
 OFTEN = 0.2  # share of the windows that must show text before the whole film is cut for it
+REACH = (2, 5, 9)  # pictures before and after one that may show what its text hides
+AROUND = 32  # pixels around the text by which pictures are aligned
+FITS = 10.0  # levels by which they may differ there
 LARGEST = 0.25  # share of the picture whose strokes may be filled
 
 
@@ -51,6 +55,10 @@ class Box(NamedTuple):
         """What a plane [h w] shows there."""
         return plane[self.top:self.bottom, self.left:self.right]
 
+    def grown(self, by: int, h: int, w: int) -> "Box":
+        """The box with `by` pixels more on each side, as far as the picture goes."""
+        return Box(max(self.top - by, 0), max(self.left - by, 0), min(self.bottom + by, h), min(self.right + by, w))
+
     def shared(self, other: "Box") -> float:
         """Intersection over union."""
         both = Box(max(self.top, other.top), max(self.left, other.left), min(self.bottom, other.bottom),
@@ -68,6 +76,7 @@ class Track(NamedTuple):
     first: int  # picture
     last: int
     strokes: np.ndarray  # contrast of the text [h w] of the box, shrunk, uint8
+    drawn: np.ndarray  # where the scene is hidden, bool, as large
 
 
 def overlay(film: Film) -> Outcome:
@@ -161,7 +170,9 @@ def _extend(tracks: list[Track], before: _Window | None, window: _Window, after:
     """Adds what one window shows to the tracks."""
     scale = width / window.mean.shape[1]
     for box in _detected(window.mean):
-        if not _drawn(box, window, before, after):
+        box = box.grown(EDGE, *window.mean.shape)
+        drawn = _drawn(box, window, before, after)
+        if drawn is None:
             continue
         strokes = box.of(window.contrast)
         large = Box(*(round(side * scale) for side in box))
@@ -172,25 +183,26 @@ def _extend(tracks: list[Track], before: _Window | None, window: _Window, after:
             continue
         text, score = _read(box.of(window.mean))
         if score >= READ and sum(letter.isalnum() for letter in text) >= SHORTEST:
-            tracks.append(Track(large, text, score, "", window.first, window.last, strokes.copy()))
+            tracks.append(Track(large, text, score, "", window.first, window.last, strokes.copy(), drawn))
 
 
-def _drawn(box: Box, window: _Window, before: _Window | None, after: _Window | None) -> bool:
-    """Whether what a box holds was drawn over the scene, by either of the two signs."""
+def _drawn(box: Box, window: _Window, before: _Window | None, after: _Window | None) -> np.ndarray | None:
+    """Where in a box something was drawn over the scene, by either of the two signs: bool [h w]; None when nothing was."""
     contrast, deviation = box.of(window.contrast), box.of(window.deviation)
     core = contrast > max(CONTRAST, 0.4 * np.percentile(contrast, 98))
     if core.sum() < 20 or core.all():
-        return False
+        return None
     scene = float(np.percentile(deviation[~core], 75))
-    if scene >= MOVES and np.median(deviation[core]) <= STILL * scene:
-        return True
+    strokes = float(np.percentile(deviation[core], 40))
     for other in (before, after):
         if other is not None:
-            change = cv2.absdiff(box.of(window.mean), box.of(other.mean))[~core]
-            stays = np.median(change) <= 5 and np.percentile(change, 80) <= 12
+            change = cv2.absdiff(box.of(window.mean), box.of(other.mean))
+            stays = np.median(change[~core]) <= 5 and np.percentile(change[~core], 80) <= 12
             if stays and np.median(box.of(other.contrast)[core]) < 0.4 * np.median(contrast[core]):
-                return True
-    return False
+                return change > 8
+    if scene < MOVES or np.median(deviation[core]) > STILL * scene:
+        return None
+    return (contrast > CONTRAST / 2) & (deviation < strokes + 0.3 * (scene - strokes))
 
 
 def _alike(a: np.ndarray, b: np.ndarray) -> float:
@@ -262,49 +274,109 @@ def _cut(film: Film, tracks: list[Track], windows: int) -> Box | None:
     return box if box.area() >= (1 - CUT) * h * w else None
 
 
+class _Marked(NamedTuple):
+    """A picture, the mask [h w] of text in it (0 and 255) or None, and the picture with that filled from the mask's borders."""
+
+    picture: Picture
+    mask: np.ndarray | None
+    smooth: Picture
+
+
 def _filled(pictures: Iterator[Picture], tracks: list[Track]) -> Iterator[Picture]:
-    """Pictures with the strokes of all tracks filled where they show."""
-    for i, picture in enumerate(pictures):
-        near = [track for track in tracks if track.first - SPACING <= i <= track.last + SPACING]
-        mask = _mask(picture.y, near) if near else None
-        if mask is None:
-            yield picture
-            continue
-        planes = []
-        for plane in picture[:3]:
-            small = mask if plane.shape == mask.shape else cv2.resize(mask, plane.shape[::-1], interpolation=cv2.INTER_AREA)
-            planes.append(_inpainted(plane, (small > 0).astype(np.uint8)))
-        yield Picture(*planes, picture.at_s)
+    """Pictures with the strokes of all tracks filled where they show; holds 2 * REACH[-1] + 1 of them."""
+    marked = (_marked(picture, _mask(picture.y, i, tracks)) for i, picture in enumerate(pictures))
+    held = deque(itertools.islice(marked, REACH[-1] + 1))
+    at = 0
+    while at < len(held):
+        others = [held[at + k] for step in REACH for k in (-step, step) if 0 <= at + k < len(held)]
+        yield held[at].picture if held[at].mask is None else _whole(held[at], others)
+        at += 1
+        held.extend(itertools.islice(marked, 1))
+        if at > REACH[-1]:
+            held.popleft()
+            at -= 1
 
 
-def _mask(y: np.ndarray, tracks: list[Track]) -> np.ndarray | None:
-    """Where the strokes of tracks and their edges are in a picture: uint8 [h w] of 0 and 255; None when it shows none of them."""
+def _marked(picture: Picture, mask: np.ndarray | None) -> _Marked:
+    if mask is None:
+        return _Marked(picture, None, picture)
+    part, planes = _part(mask, 8), [plane.copy() for plane in picture[:3]]
+    for plane in planes:
+        box = _scaled(part, plane, mask)
+        box.of(plane)[:] = cv2.inpaint(box.of(plane), _covers(part.of(mask), box), 3, cv2.INPAINT_TELEA)
+    return _Marked(picture, mask, Picture(*planes, picture.at_s))
+
+
+def _part(mask: np.ndarray, around: int) -> Box:
+    """The box of a mask's true pixels and `around` more, at even places."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    h, w = mask.shape
+    return Box(int(max(rows[0] - around, 0)) // 2 * 2, int(max(columns[0] - around, 0)) // 2 * 2,
+               min(int(rows[-1] + around) // 2 * 2, h), min(int(columns[-1] + around) // 2 * 2, w))
+
+
+def _mask(y: np.ndarray, i: int, tracks: list[Track]) -> np.ndarray | None:
+    """Where the strokes of tracks and their edges are in picture i: uint8 [h w] of 0 and 255; None when it shows none of them."""
     mask = None
     for track in tracks:
-        box = track.box
-        here = _contrast(cv2.resize(box.of(y), track.strokes.shape[::-1], interpolation=cv2.INTER_AREA))
-        if _alike(track.strokes, here) < 0.3:
+        if not track.first - SPACING <= i <= track.last + SPACING:
+            continue
+        here = _contrast(cv2.resize(track.box.of(y), track.strokes.shape[::-1], interpolation=cv2.INTER_AREA))
+        if not track.first <= i <= track.last and _alike(track.strokes, here) < 0.3:
             continue
         if mask is None:
             mask = np.zeros(y.shape, np.uint8)
-        core = (track.strokes > max(12, 0.25 * np.percentile(track.strokes, 98))).astype(np.uint8) * 255
-        core = cv2.resize(core, (box.right - box.left, box.bottom - box.top), interpolation=cv2.INTER_NEAREST)
-        box.of(mask)[:] |= core
+        size = (track.box.right - track.box.left, track.box.bottom - track.box.top)
+        track.box.of(mask)[:] |= cv2.resize(track.drawn.astype(np.uint8) * 255, size, interpolation=cv2.INTER_NEAREST)
     if mask is not None:
-        grow = 2 * round(max(y.shape[0] / 360, 1) * 3) + 1
+        grow = 2 * round(max(y.shape[0] / 360, 1)) + 1
         mask = cv2.dilate(mask, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (grow, grow)))
     return mask
 
 
-def _inpainted(plane: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The plane with the mask filled from its borders; works on the part around it."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
-        return plane
-    part = np.s_[max(rows[0] - 8, 0):rows[-1] + 9, max(columns[0] - 8, 0):columns[-1] + 9]
-    out = plane.copy()
-    out[part] = cv2.inpaint(plane[part], mask[part], 3, cv2.INPAINT_TELEA)
-    return out
+def _whole(marked: _Marked, others: list[_Marked]) -> Picture:
+    """The filled picture, with what other pictures show where they fit along the motion of what surrounds the text."""
+    part = _part(marked.mask, AROUND)
+    hidden, smooth = part.of(marked.mask), np.ascontiguousarray(part.of(marked.smooth.y))
+    known = (hidden == 0).astype(np.float32)
+    weight = np.maximum(cv2.blur(known, (AROUND * 2 + 1, AROUND * 2 + 1)), 1e-3)
+    planes = [plane.copy() for plane in marked.smooth[:3]]
+    finder = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
+    y, x = np.mgrid[:hidden.shape[0], :hidden.shape[1]].astype(np.float32)
+    least = np.full(hidden.shape, FITS, np.float32)
+    for other in others:
+        flow = finder.calc(smooth, np.ascontiguousarray(part.of(other.smooth.y)), None)
+        flow = cv2.blur(flow * known[..., None], (AROUND * 2 + 1, AROUND * 2 + 1)) / weight[..., None]
+        there = np.zeros_like(hidden) if other.mask is None else part.of(other.mask)
+        to = x + flow[..., 0], y + flow[..., 1]
+        seen = cv2.remap(there, *to, cv2.INTER_LINEAR, borderValue=255) == 0
+        moved = cv2.remap(part.of(other.picture.y), *to, cv2.INTER_LINEAR)
+        both = seen * known
+        error = cv2.blur(cv2.absdiff(moved, smooth).astype(np.float32) * both, (AROUND + 1, AROUND + 1))
+        error /= np.maximum(cv2.blur(both, (AROUND + 1, AROUND + 1)), 0.02)
+        better = seen & (hidden > 0) & (error < least)
+        least[better] = error[better]
+        for plane, given in zip(planes, other.picture[:3], strict=True):
+            box = _scaled(part, plane, marked.mask)
+            down, across = hidden.shape[0] // (box.bottom - box.top), hidden.shape[1] // (box.right - box.left)
+            at = [np.ascontiguousarray(axis[::down, ::across] / size) for axis, size in zip(to, (across, down), strict=True)]
+            put = better[::down, ::across]
+            box.of(plane)[put] = cv2.remap(box.of(given), *at, cv2.INTER_LINEAR)[put]
+    return Picture(*planes, marked.picture.at_s)
+
+
+def _scaled(box: Box, plane: np.ndarray, luma: np.ndarray) -> Box:
+    """A box of even luma pixels in a plane's own."""
+    down, across = -(-luma.shape[0] // plane.shape[0]), -(-luma.shape[1] // plane.shape[1])
+    return Box(box.top // down, box.left // across, box.bottom // down, box.right // across)
+
+
+def _covers(hidden: np.ndarray, box: Box) -> np.ndarray:
+    """A luma mask in a plane's own pixels: where any of a pixel is hidden, uint8 of 0 and 255."""
+    size = (box.right - box.left, box.bottom - box.top)
+    if hidden.shape[::-1] == size:
+        return hidden
+    return (cv2.resize(hidden, size, interpolation=cv2.INTER_AREA) > 0).astype(np.uint8) * 255
 
 
 if __name__ == "__main__":
