@@ -49,7 +49,7 @@ def deinterlace(film: Film, grade: str = "fast", rate: str = "frame") -> Outcome
     found = {"segments": [asdict(segment) for segment in analysis.segments]}
     doubtful = [segment for segment in analysis.segments if segment.kind not in ("progressive", "unknown")]
     if not doubtful:
-        return _of_whole_pictures(film, Outcome(film, "progressive", analysis.confidence, found=found))
+        return _of_whole_pictures(film, rate, Outcome(film, "progressive", analysis.confidence, found=found))
     outcome = Outcome(film, analysis.verdict, analysis.confidence, found=found)
     fitting = set()
     for segment, sample in _samples(film, doubtful):
@@ -67,7 +67,7 @@ def deinterlace(film: Film, grade: str = "fast", rate: str = "frame") -> Outcome
     return outcome
 
 
-def _of_whole_pictures(film: Film, outcome: Outcome) -> Outcome:
+def _of_whole_pictures(film: Film, rate: str, outcome: Outcome) -> Outcome:
     """What is done for films without fields: pictures that were mixed, or woven and then rescaled."""
     mixed = blend.analyse(film)
     if mixed is not None:
@@ -82,12 +82,8 @@ def _of_whole_pictures(film: Film, outcome: Outcome) -> Outcome:
     comb = baked.analyse(film)
     if comb is not None:
         outcome.verdict, outcome.confidence, outcome.found["baked"] = "baked_comb", comb.confidence, asdict(comb)
-        repaired = baked.repair(film, comb)
-        if repaired is film:
-            outcome.notes.append("no scale and order of fields explain the baked comb")
-        else:
-            outcome.film = repaired
-            outcome.edits.append(Edit("baked", asdict(comb), comb.confidence))
+        outcome.film = baked.repair(film, comb, rate)
+        outcome.edits.append(Edit("baked", asdict(comb) | {"rate": rate}, comb.confidence))
     return outcome
 
 

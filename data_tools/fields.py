@@ -35,6 +35,7 @@ MARKS = np.array([(1, 0, 0, 1),  # progressive; then, with the top field first:
                   (0, E, E, 1), (E, 0, 0, 1),  # shifted film and video when smoothed by a coder
                   (1, 0, 0, 0), (1, 0, 1, 0), (1, H, H, 0), (1, 1, 0, 0), (1, E, E, 0), (1, 0, 0, E)], np.float32)  # bottom first
 TOP, BOTTOM = range(1, 7), range(7, 13)  # the marks of the two orders
+APART = 0.1  # by which distances differ that are told apart
 FAST = len(MARKS)  # the vote that comes after those for marks
 KINDS = {"tff": "interlaced", "bff": "interlaced", "shifted": "telecine"}  # verdicts whose kind is not their own name
 FAR = 0.25  # squared distance from which on a block is near no mark
@@ -114,6 +115,10 @@ def _cast(distances: np.ndarray, fine: np.ndarray, change: np.ndarray) -> np.nda
     scaled = ((distances - low) / np.maximum(spread, 1e-6)).reshape(4, -1)
     away = ((scaled[None] - MARKS[:, :, None]) ** 2).sum(1)
     nearest = np.where(away.min(0) < FAR, away.argmin(0), FAST + 1)
+    inner, outer = np.sort(scaled[1:3], axis=0), scaled[[0, 3]]
+    for side, match in ((TOP, outer[0]), (BOTTOM, outer[1])):  # the two pictures must agree that they fit worse, or better
+        video, *_, late, early = side
+        nearest[((nearest == late) & (inner[0] - match < APART)) | ((nearest == early) & (match - inner[1] < APART))] = video
     comb = np.minimum(distances[1], distances[2])
     unlike = np.maximum(np.minimum(comb, 2 * change) - COMB - DETAIL * fine, 0) / np.maximum(comb, 1e-6)
     nearest = np.where((speaks == 0).ravel(), FAST, nearest)
@@ -183,9 +188,9 @@ def _likelihoods(smoothed: float) -> np.ndarray:
     for side in (TOP, BOTTOM):
         video, inward, inside, outward = side[:4]
         out[side] = 0.003
-        out[video, [*side, FAST]] = 0.3, 0.12, 0.015, 0.12, 0.1, 0.25, 0.1
+        out[video, [*side, FAST]] = 0.3, 0.13, 0.02, 0.13, 0.12, 0.19, 0.1
         out[inward, side] = 0.02, 0.9, 0.03, 0.004, 0.03, 0.01
-        out[inside, side] = 0.09, 0.14, 0.31, 0.14, 0.3, 0.02
+        out[inside, side] = 0.135, 0.095, 0.25, 0.095, 0.33, 0.07
         out[outward, side] = 0.02, 0.004, 0.03, 0.9, 0.03, 0.01
     out[1:] = smoothed * out[0] + (1 - smoothed) * out[1:]
     return np.log(out)
@@ -265,7 +270,7 @@ def lean_of(votes: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
 
 SAMPLE = 30  # pictures of a segment's liveliest stretch, for those who try something on it
 LEAN, SURE = 0.03, 2.5  # share of all weight, and standard errors, by which votes lean to one side in what is not progressive
-VIDEO, PART, MOST = 0.4, 0.05, 0.3  # hybrids: least share of votes for video where a cell is video; of fast ones there, and of all
+VIDEO, PART, MOST = 0.6, 0.05, 0.3  # hybrids: least share of votes for video where a cell is video; of fast ones there, and of all
 WHOLE = 0.02  # weight in the film part; of all weight there when it is progressive, whose votes lean to a side by less than WHOLE
 MARGIN = 8.0  # log likelihood by which the film part must be better explained as film
 
@@ -307,9 +312,8 @@ def analyse(film: Film) -> Analysis:
 def judge(evidence: Evidence) -> Analysis:
     """The verdict on a film's evidence. A shot cut is none, and what never moves is progressive with confidence 0."""
     quiet = _cuts(evidence.change)
-    votes = np.where(quiet[:, None, None], 0, evidence.votes).astype(np.float32)
-    weights = np.where(quiet[:, None], 0, evidence.weights).astype(np.float32)
-    whole, weight = votes.sum(1), weights.sum(1)
+    votes, weights = evidence.votes * ~quiet[:, None, None], evidence.weights * ~quiet[:, None]
+    whole, weight = votes.sum(1, dtype=np.float32), weights.sum(1, dtype=np.float32)
     path, _, scores = likeliest(whole, weight, np.ones(len(modes()), bool))
     for first, last in _runs(path):
         span = np.s_[first:last]
@@ -341,7 +345,7 @@ def _runs(path: np.ndarray) -> list[tuple[int, int]]:
 
 def _segment(path: np.ndarray, votes: np.ndarray, weights: np.ndarray, scores: np.ndarray, first: int) -> Segment:
     """What a stretch of one mode says, from its part of path [n], votes [n cells FAST + 1], weights [n cells], scores [n FAST]."""
-    last, whole, weight = first + len(path), votes.sum(1), weights.sum(1)
+    last, whole, weight = first + len(path), votes.sum(1, dtype=np.float32), weights.sum(1, dtype=np.float32)
     if weight.sum() < FEW:
         return Segment(first, last, "unknown", 0.0)
     parts = _parts(path, votes, weights)
@@ -368,21 +372,26 @@ def _mode_at(path: np.ndarray) -> tuple[Mode, int]:
 
 def _parts(path: np.ndarray, votes: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, str] | None:
     """The path of the film where some cells are video and the others film, and the video's order; None where all are alike."""
-    total, fast = weights.sum(0), votes[:, :, FAST].sum(0)
+    def added(part: np.ndarray, axis: int) -> np.ndarray:
+        return part.sum(axis, dtype=np.float32)
+
+    total, fast = added(weights, 0), added(votes[:, :, FAST], 0)
     plain = np.isin(_states().mark[path], (0, TOP[0], BOTTOM[0]))  # where shifted film, smoothed by a coder, is not taken for video
-    top, bottom = (votes[plain][:, :, [side[0], side[-2], side[-1]]].sum(0) for side in (TOP, BOTTOM))  # of video, smoothed or not
-    combed = (np.maximum(top[:, [0, 2]].sum(1), bottom[:, [0, 2]].sum(1)) > VIDEO * np.maximum(weights[plain].sum(0), FEW)) \
-        | (fast > np.maximum(FEW, PART * total))
+    whole, seen = added(weights[plain], 0), added(votes[plain], 0)
+    top, bottom = (seen[:, [video, early]].sum(1) for video, *_, early in (TOP, BOTTOM))
+    combed = (fast > np.maximum(FEW, PART * total)) | ((whole > 4 * FEW) & (
+        (np.maximum(top, bottom) > VIDEO * whole) | ((seen[:, 0] < 0.15 * whole) & (seen[:, 1:].sum(1) > VIDEO * whole))))
     rest = total[~combed].sum()
     if not combed.any() or rest < PART * total.sum():
         return None
-    order = "tff" if top[combed].sum() >= bottom[combed].sum() else "bff"
-    part = votes[:, ~combed].sum(1), weights[:, ~combed].sum(1)
+    top, bottom = (seen[combed][:, [side[0], *side[4:]]].sum() for side in (TOP, BOTTOM))
+    order = "tff" if top >= bottom else "bff"
+    part = added(votes[:, ~combed], 1), added(weights[:, ~combed], 1)
     film = likeliest(*part, np.ones(len(modes()), bool))
     video = likeliest(*part, np.array([mode.verdict == order for mode in modes()]))
     mode, (share, _) = _mode_at(film.states)[0], lean_of(*part)
-    whole = mode.kind == "progressive" and abs(share) < WHOLE and rest > MOST * total.sum()
-    fits = film.likelihood > video.likelihood + MARGIN and (mode.kind == "telecine" or whole)
+    pictures = mode.kind == "progressive" and abs(share) < WHOLE and rest > MOST * total.sum()
+    fits = film.likelihood > video.likelihood + MARGIN and (mode.kind == "telecine" or pictures)
     return (film.states, order) if fits else None
 
 
