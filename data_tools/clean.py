@@ -4,9 +4,9 @@
     python -m data_tools.clean FOLDER_OR_MANIFEST.parquet --out FOLDER --workers 2
 
 The order: fields and cadences, what time and tape did, bars, tickers, burned text, a user's network. Each repair proves itself or
-is not made. A clip with nothing to do keeps its own file. A clip that cannot be cleaned keeps its row, with the reason in `dropped`;
-it never stops the others. The same command again goes on where it was stopped: what is done is found in OUT/rows and not done
-twice, and the result is the same to the byte.
+is not made. A clip with nothing to do keeps its own file. A clip that cannot be cleaned keeps its row, with the reason in
+`dropped`; it never stops the others. The same command again goes on where it was stopped: what is done is found in OUT/rows and
+not done twice, and the result is the same to the byte.
 """
 
 import argparse
@@ -166,7 +166,8 @@ def clean_row(row: dict[str, Any], folder: Path, out: Path, settings: Settings, 
             report |= outcome.report()
             edits = [asdict(edit) | {"settings": json.dumps(edit.settings, sort_keys=True, default=float)}
                      for edit in outcome.edits]
-            changed |= {"field_order": outcome.verdict, "edits": (row.get("edits") or []) + edits, "dropped": outcome.dropped}
+            order = row.get("field_order") if row.get("edits") else outcome.verdict  # of the source, not of what was mended
+            changed |= {"field_order": order, "edits": (row.get("edits") or []) + edits, "dropped": outcome.dropped}
             if edits and outcome.dropped is None:
                 changed |= _written(out, f"clips/{row['id']}.mp4", outcome.film, settings)
     except Exception as error:  # whatever a broken file does to a decoder or a detector costs this clip alone
