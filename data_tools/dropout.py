@@ -27,15 +27,14 @@ GAP = 9  # columns: where noise hits the right level by chance
 STRAYS = 0.8  # most by which places above and below a run stand out, as a share of what the run does: more is motion not followed
 MARGIN = 8  # lines around a lost run on which predictions are compared
 RARE = 0.05  # share of a picture's places that can be lost at most: more is something else
-FEWEST = 4  # lost runs, in two pictures, that make a verdict
+FEWEST = 3  # lost parts, in two pictures, that make a verdict
 
 
 class Mended(NamedTuple):
-    """A picture with its lost parts filled; mask [h w] bool of them, or None; how many runs of lines they are."""
+    """A picture with its lost parts filled, and the mask [h w] bool of them, or None."""
 
     picture: Picture
     mask: np.ndarray | None
-    runs: int
 
 
 class Watch:
@@ -43,22 +42,22 @@ class Watch:
 
     def __init__(self):
         self.recent, self.flow = [], _flow()
-        self.looked = self.damaged = self.runs = 0
+        self.looked = self.damaged = self.parts = 0
 
     def add(self, plane: np.ndarray) -> None:
         """The next picture's luma [h w] uint8."""
         self.recent = [*self.recent[-3:], Plane(plane)]
         if len(self.recent) == 4:
-            _, _, runs = _lost(*self.recent, self.flow)
-            self.looked, self.damaged, self.runs = self.looked + 1, self.damaged + (runs > 0), self.runs + runs
+            _, _, parts = _lost(*self.recent, self.flow)
+            self.looked, self.damaged, self.parts = self.looked + 1, self.damaged + (parts > 0), self.parts + parts
 
     def found(self) -> bool:
         """Whether the film has dropouts."""
-        return self.runs >= FEWEST and self.damaged > 1
+        return self.parts >= FEWEST and self.damaged > 1
 
     def trace(self) -> dict[str, float]:
-        """What was measured, for the report: pictures looked at and with damage, and lost runs."""
-        return {"looked": self.looked, "damaged": self.damaged, "runs": self.runs}
+        """What was measured, for the report: pictures looked at and with damage, and lost parts."""
+        return {"looked": self.looked, "damaged": self.damaged, "parts": self.parts}
 
 
 def repair(film: Film) -> Film:
@@ -71,17 +70,17 @@ def mended(pictures: Iterator[Picture]) -> Iterator[Mended]:
     flow, held = _flow(), []  # pictures and their planes: the one before, the one at hand and two after
     head = list(islice(pictures, 3))
     if len(head) < 3:
-        yield from (Mended(picture, None, 0) for picture in head)
+        yield from (Mended(picture, None) for picture in head)
         return
     for picture in _mirrored(head, pictures):
         held.append((picture, Plane(picture.y)))
         if len(held) == 4:
-            mask, fill, runs = _lost(*(plane for _, plane in held), flow)
+            mask, fill, _ = _lost(*(plane for _, plane in held), flow)
             del held[0]
             if mask is not None:
                 whole = np.where(mask, fill, held[0][0].y)
                 held[0] = held[0][0]._replace(y=whole), Plane(whole)
-            yield Mended(held[0][0], mask, runs)
+            yield Mended(held[0][0], mask)
 
 
 def _mirrored(head: list[Picture], rest: Iterator[Picture]) -> Iterator[Picture]:
@@ -115,7 +114,10 @@ def _flow():
 
 
 def _lost(before: Plane, now: Plane, after: Plane, later: Plane, flow) -> tuple[np.ndarray | None, np.ndarray | None, int]:
-    """The mask [h w] of lost places, a plane with what to fill them with, and how many runs they are; None, None, 0 without any."""
+    """The mask [h w] of lost places, a plane to fill them with, and how many parts they surely are; None, None, 0 without any.
+
+    Sure are parts near which the pictures before and after look natural: white text that scrolls does not.
+    """
     nothing = None, None, 0
     y, (h, w) = now.y, now.y.shape
     length = max(8, SHORTEST * w // 640)
@@ -139,25 +141,30 @@ def _lost(before: Plane, now: Plane, after: Plane, later: Plane, flow) -> tuple[
     for _ in range(2):  # again without what the first round has shown to be lost
         guess = cv2.inpaint(y, likely, 3, cv2.INPAINT_NS)
         motions = motions or [flow.calc(guess, other, None) for other in (before.y, following)]
-        mask, fill, runs = _measured(y, likely, guess, (before.y, following), motions, length)
-        if not runs:
+        mask, fill = _measured(y, likely, guess, (before.y, following), motions, length)
+        if not mask.any():
             return nothing
         likely = cv2.dilate(mask.astype(np.uint8), across)
-    return (mask, fill, runs) if mask.mean() < RARE else nothing
+    if mask.mean() > RARE:
+        return nothing
+    beside = cv2.max(_runs_of(before.odd, length), _runs_of(after.odd, length)) > CLEAR * length
+    alone = cv2.dilate(beside.astype(np.uint8), np.ones((4 * REACH + 5, 4 * length + 1), np.uint8)) == 0
+    middles = cv2.connectedComponentsWithStats(mask.astype(np.uint8))[3][1:]
+    return mask, fill, sum(bool(alone[int(row), int(column)]) for column, row in middles)
 
 
-def _measured(y, likely, guess, others, motions, length) -> tuple[np.ndarray, np.ndarray, int]:
-    """Mask, fill and number of runs, band by band of lines around what is likely lost."""
-    mask, fill, runs = np.zeros(y.shape, bool), y.copy(), 0
+def _measured(y, likely, guess, others, motions, length) -> tuple[np.ndarray, np.ndarray]:
+    """Mask and fill, band by band of lines around what is likely lost."""
+    mask, fill = np.zeros(y.shape, bool), y.copy()
     rows = np.flatnonzero(cv2.reduce(likely, 1, cv2.REDUCE_MAX)[:, 0])
     for band in np.split(rows, np.flatnonzero(np.diff(rows) > 2 * MARGIN) + 1):
         lines = slice(max(band[0] - MARGIN, 0), band[-1] + 1 + MARGIN)
         plane, known = y[lines].astype(np.float32), (1 - likely[lines]).astype(np.float32)
         sides = [_followed(other, motion, lines) for other, motion in zip(others, motions, strict=True)]
         made = _combined(plane, known, sides, guess[lines].astype(np.float32))
-        mask[lines], count = _judged(plane, made, sides, likely[lines], length)
-        fill[lines], runs = np.clip(np.rint(made), 0, 255), runs + count
-    return mask, fill, runs
+        mask[lines] = _judged(plane, made, sides, likely[lines], length)
+        fill[lines] = np.clip(np.rint(made), 0, 255)
+    return mask, fill
 
 
 def _unnatural(plane: np.ndarray) -> np.ndarray:
@@ -201,22 +208,22 @@ def _combined(plane, known, sides, guess) -> np.ndarray:
     return sum(weight * part for weight, part in zip(weights, (*sides, guess), strict=True)) / sum(weights)
 
 
-def _judged(plane, made, sides, likely, length) -> tuple[np.ndarray, int]:
-    """Which places are lost, [h w] bool, by runs that what was made for them does not explain; and how many runs."""
+def _judged(plane, made, sides, likely, length) -> np.ndarray:
+    """Which places are lost, [h w] bool, by runs that what was made for them does not explain."""
     off = np.abs(plane - made)
     spread = np.minimum(np.abs(sides[0] - made), np.abs(sides[1] - made))
     out = ((off > np.maximum(0.7 * STANDS_OUT, 1.5 * spread)) & (likely > 0)).astype(np.uint8)
     closed = cv2.morphologyEx(out, cv2.MORPH_CLOSE, np.ones((1, GAP), np.uint8))
     lines = cv2.morphologyEx(closed, cv2.MORPH_OPEN, np.ones((1, length), np.uint8))
-    mask, count = np.zeros(plane.shape, bool), 0
+    mask = np.zeros(plane.shape, bool)
     ends = np.diff(np.pad(lines, ((0, 0), (1, 1))).astype(np.int8), axis=1)
     for row, left, right in zip(*np.nonzero(ends > 0), np.nonzero(ends < 0)[1], strict=True):
         run = np.s_[row, left:right]
         beside = [r for r in (row - REACH - 2, row - REACH - 1, row + REACH + 1, row + REACH + 2) if 0 <= r < len(plane)]
         if off[beside, left:right].mean() < STRAYS * off[run].mean() and out[run].mean() > 0.5:
             left, right = _grown(plane[row], off[row], left, right)
-            mask[row, left:right], count = True, count + 1
-    return mask, count
+            mask[row, left:right] = True
+    return mask
 
 
 def _grown(line, off, left, right) -> tuple[int, int]:

@@ -28,6 +28,8 @@ AMID = 0.8  # and over the heap of the ghostless, at (0, 0)
 PHASES = 15  # evidence is kept apart by the picture's number, so that what comes in cycles of 3 or 5 pictures shows
 NOISE = 0.3  # levels^2: what rounding leaves in a difference of two pictures
 LEFT_OVER = 2.0  # levels^2: the most by which a proved repair differs from the film after the ghost was laid over it again
+RETURNED = 0.95  # least contrast at (0, 0) of a repaired film
+REST, FALL = 1.25, 0.8  # most contrast elsewhere, and most of it beside what it was
 CUT = 20.0  # levels between pictures, on average, from which on there may be a cut
 GRID = np.arange(0.0, 0.9, 0.01)
 
@@ -41,6 +43,7 @@ class Found:
     across: float = 0.0
     down: float = 0.0
     chroma: bool = True  # whether u and v have it too
+    contrast: float = 2.0  # of its heap over the bed
     confidence: float = 1.0
 
     def weight(self, height: int, width: int) -> np.ndarray | np.float32:
@@ -125,7 +128,8 @@ class Watch:
     def _described(self, peak: "Peak") -> Found:
         across, down = _slopes(self.heap.sum(0), peak)
         confidence = 1 - 0.5 * np.exp(-max(peak.contrast - CONTRAST, 0))
-        return Found(peak.kind, round(peak.share, 3), round(across, 3), round(down, 3), True, round(float(confidence), 3))
+        return Found(peak.kind, round(peak.share, 3), round(across, 3), round(down, 3), True, round(peak.contrast, 2),
+                     round(float(confidence), 3))
 
     def _steady(self, best: "Peak") -> bool:
         """Whether the ghost is in every picture: blends of a rate conversion have one in every fifth, or third."""
@@ -196,13 +200,13 @@ def _slopes(heaps: np.ndarray, whole: Peak) -> tuple[float, float]:
         if peak.clear and heap.sum() > 0.02 * heaps.sum() and abs(peak.share - whole.share) < 0.25:
             shares[k] = peak.share
     good = np.isfinite(shares)
-    if good.sum() < 6 or np.ptp(shares[good]) < 0.08:
+    if good.sum() < 6 or np.ptp(shares[good]) < 0.12:
         return 0.0, 0.0
     row, column = np.divmod(np.arange(TILES * TILES), TILES)
     plane = np.stack([np.ones(len(row)), (column + 0.5) / TILES - 0.5, (row + 0.5) / TILES - 0.5], 1)
     fit = np.linalg.lstsq(plane[good], shares[good], rcond=None)[0]
     left_over = shares[good] - plane[good] @ fit
-    return (float(fit[1]), float(fit[2])) if left_over.std() < 0.5 * shares[good].std() else (0.0, 0.0)
+    return (float(fit[1]), float(fit[2])) if left_over.std() < 0.4 * shares[good].std() else (0.0, 0.0)
 
 
 def analyse(film: Film, every: int = 1) -> list[Found]:
@@ -312,7 +316,7 @@ def prove(film: Film, repaired: Film, found: Found) -> str:
         before, last = given.y, made.y
     if wrong / max(count, 1) > LEFT_OVER:
         return f"laying it over the repaired film again leaves a squared error of {wrong / count:.2f} levels"
-    trace = watch.trace()
-    if trace["contrast_at_0"] < max(1.0, trace["contrast"]):
-        return f"the repaired film would show a share of {trace['share']:.2f} itself"
+    rest = watch.trace()
+    if rest["contrast_at_0"] < RETURNED or rest["contrast"] > min(REST, FALL * found.contrast):
+        return f"the repaired film would show a share of {rest['share']:.2f} itself"
     return ""

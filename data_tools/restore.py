@@ -18,7 +18,7 @@ from data_tools import dropout, ghost, smooth, timing
 from data_tools.film import Film, Picture
 from data_tools.stage import Edit, Outcome, main
 
-LEFT = 0.25  # most of the lost runs, or of the flicker, that a repair may leave
+LEFT = 0.25  # most of the lost parts, or of the flicker, that a repair may leave
 STILL_BLOCKY = 0.6  # most of the blocks' excess that may be left
 
 
@@ -64,7 +64,7 @@ def restore(film: Film) -> Outcome:
         _accept(outcome, timing.repair(film, times), "repeats", {"left out": int(times.duplicate.sum())},
                 float(np.mean(1 / (1 + np.exp(-score)))))
         look = Look().over(outcome.film)
-    for step in (_deghost, _fill, _steady, _deblock):
+    for step in (_deghost, _fill, _steady, _deghost, _deblock):  # a second time, for what came upon the ghost later and hid it
         look = step(outcome, look)
     outcome.verdict = "+".join(edit.step for edit in outcome.edits) or "nothing"
     if outcome.edits:
@@ -78,11 +78,13 @@ def _accept(outcome: Outcome, film: Film, step: str, settings: dict, confidence:
 
 
 def _deghost(outcome: Outcome, look: Look) -> Look:
+    if any(edit.step == "ghost" for edit in outcome.edits):
+        return look
     for found in look.ghosts.found():
-        found = replace(found, chroma=ghost.in_chroma(outcome.film, found))
-        repaired = ghost.repair(outcome.film, found)
-        why = ghost.prove(outcome.film, repaired, found)
+        why = ghost.prove(outcome.film, ghost.repair(outcome.film, found), found)
         if not why:
+            found = replace(found, chroma=ghost.in_chroma(outcome.film, found))
+            repaired = ghost.repair(outcome.film, found)
             _accept(outcome, repaired, "ghost", asdict(found), found.confidence)
             return Look().over(repaired)
         outcome.notes.append(f"it looks like a ghost ({found.kind} of {found.share:.2f}) but is left alone: {why}")
@@ -94,11 +96,11 @@ def _fill(outcome: Outcome, look: Look) -> Look:
         return look
     repaired = dropout.repair(outcome.film)
     after = Look().over(repaired)
-    if after.losses.runs > LEFT * look.losses.runs:
-        outcome.notes.append(f"{look.losses.runs} parts of lines look lost but are left: filling them leaves {after.losses.runs}")
+    if after.losses.parts > LEFT * look.losses.parts:
+        outcome.notes.append(f"{look.losses.parts} parts of lines look lost but are left: filling them leaves {after.losses.parts}")
         return look
-    confidence = 1 - after.losses.runs / look.losses.runs
-    _accept(outcome, repaired, "dropouts", {"pictures": look.losses.damaged, "runs": look.losses.runs}, confidence)
+    confidence = 1 - after.losses.parts / look.losses.parts
+    _accept(outcome, repaired, "dropouts", {"pictures": look.losses.damaged, "parts": look.losses.parts}, confidence)
     return after
 
 
