@@ -26,6 +26,7 @@ KEPT = 32  # thumbnails at most
 SHRINK = 8  # of a thumbnail
 LEAST = 4  # lines: a thinner rim is left alone
 DEEPEST = 0.45  # of the side that one bar may take
+DEEPEST_PADDED = 0.36  # an upright phone's picture in a wide frame leaves 0.34
 EXPLAINED = 0.8  # share of a padded bar's variance that the blurred picture has to explain
 
 
@@ -247,7 +248,7 @@ def _steps(step: np.ndarray) -> list[tuple[int, float]]:
     """Depths of equal bars at both ends where both end in a step that stands out, and how far; first (0, 0), no bars."""
     n = len(step)
     stands = step / (cv2.medianBlur(step.astype(np.float32)[None], 5)[0] + 0.5)  # a step of one line vanishes in the median
-    depth = np.arange(LEAST, int(DEEPEST * n))
+    depth = np.arange(LEAST, int(DEEPEST_PADDED * n))
     paired = np.minimum(stands[depth], np.max([stands[n - depth + k] for k in (-1, 0, 1)], 0))
     chosen = np.argsort(-paired, kind="stable")[:4]
     return [(0, 0.0)] + [(int(depth[k]), float(paired[k])) for k in chosen if paired[k] > 1.5]

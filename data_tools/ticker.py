@@ -23,6 +23,7 @@ from data_tools.stage import Edit, Outcome, main
 
 GROUP = 4  # lines that the search for a band looks at together
 LOOK, EVERY = 16, 96  # pictures in a row that it looks at, and from one look to the next
+BANDS = 2  # that are tried
 LAGS = (1, 2, 3, 4, 5, 6, 10, 12)  # pictures apart; cycles of usual conversions are among them
 FASTEST = 40.0  # pixels a picture
 RUN, MARGIN = 128, 16  # pictures that share one strip, and those before and after that only help to make it
@@ -54,10 +55,13 @@ class Law(NamedTuple):
 
 def ticker(film: Film) -> Outcome:
     """Draws a woven or blended ticker anew. Verdict: `nothing to do`, `blended ticker` or `woven ticker`."""
-    band = find(film)
-    if band is None:
+    bands = find(film)
+    if not bands:
         return Outcome(film, "nothing to do", 1.0)
-    laws = [_law(run.planes[0], band, run.last - run.first) for run in _runs(film, band)]
+    for band in bands:
+        laws = [_law(run.planes[0], band, run.last - run.first) for run in _runs(film, band)]
+        if any(laws):
+            break
     place = {"top": band.top, "bottom": band.bottom, "speed": round(band.speed, 3),
              "laws": [law._asdict() if law else None for law in laws]}
     damaged = [law for law in laws if law and law.name != "clean"]
@@ -76,19 +80,24 @@ def ticker(film: Film) -> Outcome:
 
 # The band
 
-def find(film: Film) -> Band | None:
-    """The band of lines that run sideways at one velocity while most others do not, or None. Looks at 1 picture in 6."""
-    held, best, strongest = [], None, 0.0
+def find(film: Film) -> list[Band]:
+    """Bands of lines that run sideways at one velocity while most others do not, the likeliest of at most BANDS first.
+
+    Looks at 1 picture in 6.
+    """
+    held, seen = [], []
     for i, picture in enumerate(film):
         if i % EVERY >= LOOK:
             continue
         held.append(_grouped(picture.y))
         if len(held) == LOOK:
-            band, strength = _band(np.stack(held))
-            held = []
-            if strength > strongest:
-                best, strongest = band, strength
-    return best
+            seen = sorted(seen + _bands(np.stack(held)), key=lambda pair: -pair[0])
+            apart = []
+            for strength, band in seen:
+                if all(band.top >= other.bottom or band.bottom <= other.top for _, other in apart):
+                    apart.append((strength, band))
+            held, seen = [], apart[:BANDS]
+    return [band for _, band in seen]
 
 
 def _grouped(y: np.ndarray) -> np.ndarray:
@@ -98,8 +107,8 @@ def _grouped(y: np.ndarray) -> np.ndarray:
     return cv2.Sobel(cv2.blur(small, (5, 1)), cv2.CV_32F, 1, 0, ksize=1)
 
 
-def _band(lines: np.ndarray) -> tuple[Band | None, float]:
-    """The ticker in the grouped lines [f g w] of a look, and how strongly it shows, 0 to 1."""
+def _bands(lines: np.ndarray) -> list[tuple[float, Band]]:
+    """What may be tickers in the grouped lines [f g w] of a look, and how well each fits itself, 0 to 1."""
     f, g, w = lines.shape
     speeds = np.arange(-FASTEST, FASTEST + 0.1, 0.25)
     speeds = speeds[np.abs(speeds) * 4 < 0.45 * w]
@@ -109,18 +118,17 @@ def _band(lines: np.ndarray) -> tuple[Band | None, float]:
     still = score[:, ~moving].max(1)
     chosen = np.argmax(np.where(moving, score, -1), 1)
     strong = (score[np.arange(g), chosen] > 0.4) & (score[np.arange(g), chosen] > 1.25 * still) & (energy > 4)
-    best, strongest = None, 0.0
+    out = []
     for k in np.unique(chosen[strong]):
         member = strong & (np.abs(speeds[chosen] - speeds[k]) <= 0.5)
         run = _longest(member)
         if run is None or member.sum() > 0.3 * g:  # a band, not a pan of the camera
             continue
         first, last = run
-        strength = float(score[first:last, k].mean()) * member.sum()
-        if strength > strongest and 3 <= last - first <= 0.25 * g:
-            best = Band(max(first - 1, 0) * GROUP, min(last + 1, g) * GROUP, float(speeds[k]))
-            strongest = strength
-    return best, strongest
+        if 3 <= last - first <= 0.25 * g:
+            band = Band(max(first - 1, 0) * GROUP, min(last + 1, g) * GROUP, float(speeds[k]))
+            out.append((float(score[first:last, k][member[first:last]].mean()), band))
+    return out
 
 
 def _agreement(lines: np.ndarray, speeds: np.ndarray, lags, best: float = 1.0) -> np.ndarray:
