@@ -1,7 +1,7 @@
 """Baked combs: woven pictures that were rescaled and coded as progressive, so that fields have no lines of their own any more.
 
-A picture woven of fields A and B is m + c d with m = (A + B) / 2, d = (A - B) / 2 and the carrier c = 1, -1, 1, ... of lines.
-Rescaled by s, the carrier is a wave of 0.5 / s cycles a line, folded into 0 .. 0.5, whose phase is the same in all pictures. What it
+A picture woven of fields A and B is m + c d with m = (A + B) / 2, d = (A - B) / 2 and the carrier c = 1, -1, 1, ...
+Rescaled by s, the carrier is a wave of 0.5 / s cycles a line, folded into 0 .. 0.5, of one phase in all pictures. What it
 carries, d, follows the motion: its sign is that of the difference between the picture before and the picture after. Texture has no
 such bond, nor have blocks, noise and the picture of a clean rescale. So the finder multiplies the fine vertical structure of moving
 pixels with that difference, adds up along lines and over pictures, and looks for one sharp line in the spectrum of the sums
@@ -33,6 +33,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 KERNELS = ("area", "bilinear", "bicubic", "lanczos")
 SCALES = (0.5, 2.0)  # least and most that is looked for
 BINS = 4096  # of the spectrum over lines
+LEAST_LINES = 48  # of a film: fewer tell no carrier from a picture
 LOWEST = 0.055  # cycles a line: below, a carrier drowns in the picture
 MOMENTS = 24  # of a film, at least, when it is long enough; at most twice as many
 CLOSE = 12  # of these are looked at closely
@@ -70,6 +71,8 @@ def analyse(film: Film) -> Found | None:
 
     Fields that still lie on lines of their own (scale 1) are no baked comb. Goes through the film once.
     """
+    if film.kind.height < LEAST_LINES:
+        return None
     kept = moments(film)
     looks = [Look.of(moment) for moment in kept]
     found = candidates(looks)
