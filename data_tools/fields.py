@@ -272,7 +272,7 @@ SAMPLE = 30  # pictures of a segment's liveliest stretch, for those who try some
 LEAN, SURE = 0.03, 2.5  # share of all weight, and standard errors, by which votes lean to one side in what is not progressive
 VIDEO, PART, MOST = 0.6, 0.05, 0.3  # hybrids: least share of votes for video where a cell is video; of fast ones there, and of all
 WHOLE = 0.02  # weight in the film part; of all weight there when it is progressive, whose votes lean to a side by less than WHOLE
-MARGIN = 8.0  # log likelihood by which the film part must be better explained as film
+MARGIN = 8.0  # log likelihood by which the film part must be better explained as film; progressive film by half
 
 
 @dataclass(frozen=True)
@@ -390,9 +390,9 @@ def _parts(path: np.ndarray, votes: np.ndarray, weights: np.ndarray) -> tuple[np
     film = likeliest(*part, np.ones(len(modes()), bool))
     video = likeliest(*part, np.array([mode.verdict == order for mode in modes()]))
     mode, (share, _) = _mode_at(film.states)[0], lean_of(*part)
-    pictures = mode.kind == "progressive" and abs(share) < WHOLE and rest > MOST * total.sum()
-    fits = film.likelihood > video.likelihood + MARGIN and (mode.kind == "telecine" or pictures)
-    return (film.states, order) if fits else None
+    better = film.likelihood - video.likelihood
+    pictures = mode.kind == "progressive" and better > MARGIN / 2 and abs(share) < WHOLE and rest > MOST * total.sum()
+    return (film.states, order) if pictures or (mode.kind == "telecine" and better > MARGIN) else None
 
 
 def _joined(segments: list[Segment], pictures: int, cuts: np.ndarray, weight: np.ndarray) -> list[Segment]:
