@@ -1,0 +1,195 @@
+"""Pictures that are shown twice, and places where pictures are missing.
+
+Two pictures of a moving film differ by the motion of one step: a repeat by less than that, a place where pictures are missing by
+more. How much less or more is judged beside the steps around, on pictures shrunk to 160 columns, where codec noise is averaged
+out, in cells of 4x4 of their pixels, of which those that usually move count most. A repeat shows in two ways: its change is
+small, and its picture does not lie midway between the one before and the one after, as any motion has it, be it fast or slow, but
+at one of them. Repeats are found first; jumps then between the pictures that are left, as steps whose change stands out from both
+sides in most of the picture, the more so where motion is even otherwise.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from data_tools.film import Film, Picture, around
+
+WIDTH, CELL = 160, 4  # columns of the shrunk pictures; their pixels a cell is wide and high
+NEAR, BESIDE = 4, 3  # steps before and after that a step is compared with, for repeats and for jumps
+NOISE = 0.06  # levels, mean of a picture: a change below it says nothing
+FLOOR = 0.05  # ratios below this say no more
+# Weights of the log odds, tuned on procedural scenes and films that the bench does not test with
+REPEAT = (2.8, 4.0, 0.5)  # change beside the usual one; place between the pictures before and after; what has to be exceeded
+JUMP = (3.6, 1.5, 1.0, 3.3)  # change beside the next ones, in double steps; in cells; unevenness around; what has to be exceeded
+GAP, SURER = 1.5, 2.0  # a time step so many times the usual one is a gap, and makes a jump surer by so much
+DOUBLE = (0.3, 0.6)  # log of how much more two steps change than one, at least and most
+CUT = 1.6  # a change so many times that of any two steps around is a new shot
+
+
+class Jump(NamedTuple):
+    """A place where pictures are missing."""
+
+    number: int  # of the picture after it
+    at_s: float
+    missing: int  # pictures, likely
+    confidence: float  # 0 to 1
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is wrong with the times of a film's pictures."""
+
+    at_s: np.ndarray  # [f] seconds, as given
+    duplicate: np.ndarray  # bool [f]: shows nothing new
+    score: np.ndarray  # [f] log odds of that
+    jumps: list[Jump] = field(default_factory=list)
+
+
+class _Small(NamedTuple):
+    """A shrunk picture."""
+
+    number: int
+    at_s: float
+    plane: np.ndarray  # float32 [h w]
+
+
+@dataclass(eq=False)
+class _Step:
+    """From a picture to the next one that is looked at."""
+
+    to: _Small
+    span_s: float  # from the picture before
+    first: bool  # there is no picture before: the change is 0
+    cells: np.ndarray  # [n] mean absolute change
+    two: np.ndarray  # the same from the picture two before
+
+    @property
+    def change(self) -> float:
+        return float(self.cells.mean()) + NOISE
+
+    @property
+    def change_two(self) -> float:
+        return float(self.two.mean()) + NOISE
+
+
+def analyse(film: Film) -> Found:
+    """Goes through the film once; holds a dozen shrunk pictures and gives two numbers a picture.
+
+    Runs of more than NEAR repeats, and pictures that do not move, are taken for what the film shows.
+    """
+    at_s, scores = [], []
+
+    def kept() -> Iterator[_Small]:
+        for step, near in around(_steps(_shrunk(film)), NEAR):
+            at_s.append(step.to.at_s)
+            scores.append(_repeat_odds(step, near))
+            if scores[-1] <= 0:
+                yield step.to
+
+    jumps = []
+    for step, near in around(_steps(kept()), BESIDE):
+        odds, missing = _jump_odds(step, near)
+        if odds > 0:
+            jumps.append(Jump(step.to.number, step.to.at_s, missing, float(1 / (1 + np.exp(-odds)))))
+    return Found(np.array(at_s), np.array(scores) > 0, np.array(scores), jumps)
+
+
+def repair(film: Film, found: Found) -> Film:
+    """The film without the repeats; what is left keeps its times."""
+    def kept(pictures: Iterator[Picture]) -> Iterator[Picture]:
+        return (picture for picture, twice in zip(pictures, found.duplicate, strict=False) if not twice)
+
+    return film.through(kept)
+
+
+def _shrunk(pictures: Iterable[Picture]) -> Iterator[_Small]:
+    for number, picture in enumerate(pictures):
+        h, w = picture.y.shape
+        size = (WIDTH, max(CELL, round(WIDTH * h / w / CELL) * CELL))
+        yield _Small(number, picture.at_s, cv2.resize(picture.y, size, interpolation=cv2.INTER_AREA).astype(np.float32))
+
+
+def _steps(smalls: Iterable[_Small]) -> Iterator[_Step]:
+    """The step to each picture; the first one's is from itself."""
+    before: list[_Small] = []
+    for small in smalls:
+        last, two = (before[-1], before[0]) if before else (small, small)
+        yield _Step(small, small.at_s - last.at_s, not before, _cells(small.plane, last.plane), _cells(small.plane, two.plane))
+        before = [*before[-1:], small]
+
+
+def _cells(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    h, w = a.shape
+    return cv2.resize(cv2.absdiff(a, b), (w // CELL, h // CELL), interpolation=cv2.INTER_AREA).ravel()
+
+
+def _square(a: _Step, b: _Step) -> float:
+    """Mean squared difference of two steps' pictures."""
+    return float(cv2.norm(a.to.plane, b.to.plane, cv2.NORM_L2SQR)) / a.to.plane.size
+
+
+def _log(ratio: float) -> float:
+    return float(np.log(max(ratio, 0.0) + FLOOR))
+
+
+def _quantile(values: np.ndarray, weights: np.ndarray, share: float) -> float:
+    """The value below which this share of the weight lies."""
+    order = np.argsort(values)
+    total = np.cumsum(weights[order])
+    return float(values[order][min(np.searchsorted(total, share * total[-1]), len(values) - 1)])
+
+
+# Repeats
+
+def _repeat_odds(step: _Step, near: list[_Step]) -> float:
+    """Log odds that a step shows nothing new: by its change beside the usual one, and by the place between pictures."""
+    others = [other for other in near if other is not step and not other.first]
+    if step.first or len(others) < 3:
+        return -np.inf
+    here = near.index(step)
+    usual = np.median([other.cells for other in others], 0)
+    weights = usual * usual + NOISE**2
+    weighed = (step.cells @ usual + NOISE**2) / weights.sum()
+    most = _quantile((step.cells + NOISE) / (usual + NOISE), weights, 0.8)
+    whole = step.change / float(np.median([other.change for other in others]))
+    level = (2 * _log(weighed) + _log(most) + _log(whole)) / 4
+    before, after = near[here - 1], near[min(here + 1, len(near) - 1)]
+    ahead = behind = 0.5
+    if after is not step:
+        ahead = _place(_square(before, step), _square(before, after), _square(step, after))
+    if here > 1:
+        behind = _place(_square(before, step), _square(near[here - 2], step), _square(near[here - 2], before))
+    return -REPEAT[0] * level - REPEAT[1] * (ahead + behind) - REPEAT[2]
+
+
+def _place(near: float, whole: float, far: float) -> float:
+    """How far along the way between two pictures a third one lies, 0 to 1, from its squared distances to them and theirs."""
+    return float(np.clip((near + whole - far + NOISE**2) / (2 * whole + 2 * NOISE**2), -0.5, 1.5))
+
+
+# Jumps
+
+def _jump_odds(step: _Step, near: list[_Step]) -> tuple[float, int]:
+    """Log odds that pictures are missing before a step's picture, and how many likely are."""
+    others = [other for other in near if other is not step and not other.first]
+    if step.first or len(others) < 4:
+        return -np.inf, 0
+    here, beside, beyond = near.index(step), [], []
+    if step.change > CUT * max(other.change_two for i, other in enumerate(near) if i not in (here, here + 1)):
+        return -np.inf, 0
+    for side in (-1, 1):
+        pair = [near[here + side * k] for k in (1, 2) if 0 <= here + side * k < len(near) and not near[here + side * k].first]
+        if len(pair) == 2:
+            one, two = (pair[0].change + pair[1].change) / 2, pair[side > 0].change_two
+            double = np.clip(np.log(two / one), *DOUBLE)  # what a double step would add: little in fast motion
+            beside.append(np.log(step.change / pair[0].change) / double)
+            beyond.append((step.change - one) / max(two - one, 0.05 * one))
+    usual = np.median([other.cells for other in others if abs(near.index(other) - here) < BESIDE], 0)
+    cells = _log(_quantile((step.cells + NOISE) / (usual + 5 * NOISE), usual + 1e-6, 0.75))
+    uneven = float(np.std([np.log(other.change) for other in others]))
+    usually = float(np.median([other.span_s for other in others]))
+    odds = JUMP[0] * np.mean(beside) + JUMP[1] * cells - JUMP[2] * uneven - JUMP[3] + SURER * (step.span_s > GAP * usually)
+    return float(odds), max(1, round(float(np.mean(beyond))))
