@@ -25,7 +25,7 @@ def score(bench: Bench) -> list[Row]:
     for damage, settings in DAMAGE.items():
         families = FAMILIES if damage != "x264 crf 23" else FAMILIES[:3]
         found: dict[str, list] = {}
-        for family, _, clip in bench.clips(families, frames=40, count=2):
+        for family, _, clip in bench.clips(families, frames=32, count=2):
             found.setdefault(family, []).append(_compared(clip, settings["lowpass"], coded="x264" in damage))
             if bench.pictures is not None and len(found[family]) == 1 and damage == "unfiltered" and family in ("synth", "bikes"):
                 _pictured(bench, family, clip)
