@@ -1,4 +1,4 @@
-"""Restores what tapes, recorders and codecs did to whole pictures: repeats, ghosts, dropouts, flicker and the edges of blocks.
+"""Restores what tapes, recorders and codecs did to a film: repeats, ghosts, dropouts, scratches, a torn foot, flicker and blocks.
 
     python -m data_tools.restore IN.mp4 --out OUT.mp4 --report R.json
 
@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
-from data_tools import dropout, ghost, smooth, timing
+from data_tools import dropout, ghost, smooth, timing, wear
 from data_tools.film import Film, Picture
 from data_tools.stage import Edit, Outcome, main
 
@@ -27,6 +27,7 @@ class Look:
 
     def __init__(self):
         self.ghosts, self.losses = ghost.Watch(), dropout.Watch()
+        self.scratches, self.foot = wear.ScratchWatch(), wear.FootWatch()
         self.gains, self.blocks = smooth.FlickerWatch(), smooth.BlockWatch()
 
     def over(self, film: Film) -> "Look":
@@ -38,7 +39,7 @@ class Look:
     def beside(self, pictures: Iterator[Picture]) -> Iterator[Picture]:
         """The same pictures, looked at as they pass."""
         for picture in pictures:
-            for watch in (self.ghosts, self.losses, self.gains, self.blocks):
+            for watch in vars(self).values():
                 watch.add(picture.y)
             yield picture
 
@@ -49,7 +50,7 @@ class Look:
 
 
 def restore(film: Film) -> Outcome:
-    """The film without its repeats, ghost, dropouts, flicker and blocks; the very same film when it has none, or no repair fits.
+    """The film without what was done to it; the very same film when it has no such damage, or no repair fits.
 
     The verdict names the repaired damages, joined by "+", in the order of repair, or is "nothing".
     """
@@ -64,7 +65,7 @@ def restore(film: Film) -> Outcome:
         _accept(outcome, timing.repair(film, times), "repeats", {"left out": int(times.duplicate.sum())},
                 float(np.mean(1 / (1 + np.exp(-score)))))
         look = Look().over(outcome.film)
-    for step in (_deghost, _fill, _steady, _deghost, _deblock):  # a second time, for what came upon the ghost later and hid it
+    for step in (_deghost, _fill, _unscratch, _cut, _steady, _deghost, _deblock):  # twice, for what came upon the ghost and hid it
         look = step(outcome, look)
     outcome.verdict = "+".join(edit.step for edit in outcome.edits) or "nothing"
     if outcome.edits:
@@ -104,6 +105,27 @@ def _fill(outcome: Outcome, look: Look) -> Look:
     return after
 
 
+def _unscratch(outcome: Outcome, look: Look) -> Look:
+    scratches = look.scratches.found()
+    if not scratches:
+        return look
+    repaired = wear.unscratched(outcome.film, scratches)
+    after = Look().over(repaired)
+    if after.scratches.found():
+        outcome.notes.append(f"{len(scratches)} scratches are left alone: filling them leaves {len(after.scratches.found())}")
+        return look
+    _accept(outcome, repaired, "scratches", {"columns": [list(scratch.columns.items()) for scratch in scratches]}, 0.9)
+    return after
+
+
+def _cut(outcome: Outcome, look: Look) -> Look:
+    lines = look.foot.found()
+    if not lines:
+        return look
+    _accept(outcome, wear.footless(outcome.film, lines), "foot", {"lines": lines + lines % 2}, 0.9)
+    return Look().over(outcome.film)
+
+
 def _steady(outcome: Outcome, look: Look) -> Look:
     flicker = look.gains.found()
     if flicker is None:
@@ -135,4 +157,4 @@ def _deblock(outcome: Outcome, look: Look) -> Look:
 
 
 if __name__ == "__main__":
-    sys.exit(main(restore, argparse.ArgumentParser(description="Take repeats, ghosts, dropouts, flicker and blocks out of a film")))
+    sys.exit(main(restore, argparse.ArgumentParser(description="Undo what tapes, recorders and codecs did to a film")))

@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from data_tools import degrade, dropout, ghost, smooth
+from data_tools import degrade, dropout, ghost, smooth, wear
 from data_tools.film import Clip, Picture, from_clip, read, to_clip
 from data_tools.measure import f1, psnr
 from data_tools.restore import restore
@@ -121,6 +121,7 @@ def test_what_has_no_such_damage_shows_none(make):
     assert not watched(dropout.Watch(), clip).found()
     assert watched(smooth.FlickerWatch(), clip).found() is None
     assert watched(smooth.BlockWatch(), clip).found() is None
+    assert not watched(wear.ScratchWatch(), clip).found() and not watched(wear.FootWatch(), clip).found()
 
 
 @pytest.mark.parametrize("seed", [1, 4])
@@ -149,6 +150,27 @@ def test_dropouts_are_filled_as_the_film_passes():
         assert each.mask is None and len(taken) <= count + 3
     assert count == 19
     assert len(list(dropout.mended(iter(from_clip(scene().take([0, 1])))))) == 2
+
+
+def test_scratches_that_wander_are_filled_and_still_lines_are_not():
+    clip = scene()
+    damaged, _ = degrade.scratched(clip, 1, dust=0)
+    scratches = watched(wear.ScratchWatch(), damaged).found()
+    made = to_clip(wear.unscratched(from_clip(damaged), scratches))
+    assert len(scratches) == 2 and psnr(made.y, clip.y) > psnr(damaged.y, clip.y) + 10
+    still = clip._replace(y=clip.y.copy())
+    still.y[:, :, 100:102] = 225
+    assert not watched(wear.ScratchWatch(), still).found()
+
+
+def test_a_torn_foot_is_cut_off_to_an_even_number_of_lines():
+    clip = scene()
+    damaged, lines = degrade.head_switch(clip, 1, 7)
+    assert watched(wear.FootWatch(), damaged).found() == lines
+    film = wear.footless(from_clip(damaged), lines)
+    made = to_clip(film)
+    assert film.kind.height == 172 and made.u.shape[1:] == (86, 160)
+    assert np.array_equal(made.y, clip.y[:, :172])
 
 
 def test_flicker_is_taken_out_and_fades_are_not():
