@@ -25,9 +25,9 @@ def score(bench: Bench) -> list[Row]:
     for damage, settings in DAMAGE.items():
         families = FAMILIES if damage != "x264 crf 23" else FAMILIES[:3]
         found: dict[str, list] = {}
-        for family, _, clip in bench.clips(families, frames=32, count=2):
+        for family, _, clip in bench.clips(families, frames=24, count=3):
             found.setdefault(family, []).append(_compared(clip, settings["lowpass"], coded="x264" in damage))
-            if bench.pictures is not None and len(found[family]) == 1 and damage == "unfiltered" and family in ("synth", "bikes"):
+            if bench.pictures is not None and len(found[family]) == 1 and damage == "unfiltered" and family in ("synth", "bbb"):
                 _pictured(bench, family, clip)
         rows += [row for family, results in found.items() for row in _rows(family, damage, results)]
     return rows + _speeds(next(bench.clips(("synth",), 40, 1))[2])
@@ -101,11 +101,11 @@ def _pictured(bench: Bench, family: str, clip: Clip) -> None:
     woven = degrade.weave(clip, "tff")
     bwdif, ours = through_filters(woven, FILTERS["bwdif"]), _filled(woven.take(slice(12)), "fine")
     t = 12
-    gain = np.abs(bwdif.y[t].astype(float) - clip.y[t]) - np.abs(ours.y[t].astype(float) - clip.y[t])
+    gain = np.square(bwdif.y[t].astype(float) - clip.y[t]) - np.square(ours.y[t].astype(float) - clip.y[t])
     blocks = gain[:gain.shape[0] // 20 * 20, :gain.shape[1] // 20 * 20].reshape(gain.shape[0] // 20, 20, -1, 20).sum((1, 3))
-    top, left = (int(np.clip(20 * i - 40, 0, side - 100)) for i, side in
+    top, left = (int(np.clip(20 * i - 30, 0, side - 92)) for i, side in
                  zip(np.unravel_index(blocks.argmax(), blocks.shape), gain.shape, strict=True))
-    part = np.s_[top:top + 100, left:left + 120]
+    part = np.s_[top:top + 76, left:left + 92]
     tiles = [(word, y[part]) for word, y in (("woven", woven.y[t // 2]), ("bwdif", bwdif.y[t]), ("ours, fine", ours.y[t]),
                                              ("truth", clip.y[t]))]
     sheet(bench.pictures / f"fill_{family}.png", tiles, zoom=2)
