@@ -23,7 +23,7 @@ from data_tools.stage import Edit, Outcome, main
 
 GROUP = 4  # lines that the search for a band looks at together
 LOOK, EVERY = 16, 96  # pictures in a row that it looks at, and from one look to the next
-BANDS = 2  # that are tried
+BANDS = 3  # that are tried
 LAGS = (1, 2, 3, 4, 5, 6, 10, 12)  # pictures apart; cycles of usual conversions are among them
 FASTEST = 40.0  # pixels a picture
 RUN, MARGIN = 128, 16  # pictures that share one strip, and those before and after that only help to make it
@@ -127,8 +127,15 @@ def _bands(lines: np.ndarray) -> list[tuple[float, Band]]:
         first, last = run
         if 3 <= last - first <= 0.25 * g:
             band = Band(max(first - 1, 0) * GROUP, min(last + 1, g) * GROUP, float(speeds[k]))
-            out.append((float(score[first:last, k][member[first:last]].mean()), band))
+            out.append((_throughout(lines[:, first:last], speeds[k:k + 1]), band))
     return out
+
+
+def _throughout(lines: np.ndarray, speed: np.ndarray) -> float:
+    """How well lines [f g w] fit themselves at a speed [1] in the worst third of the width that shows anything."""
+    thirds = [np.ascontiguousarray(part) for part in np.array_split(lines, 3, axis=2) if np.square(part).mean() > 4]
+    thirds = [part for part in thirds if abs(speed[0]) * 2 < 0.6 * part.shape[2]]
+    return min((float(_agreement(part, speed, LAGS, best=0.5).mean()) for part in thirds), default=0.0)
 
 
 def _agreement(lines: np.ndarray, speeds: np.ndarray, lags, best: float = 1.0) -> np.ndarray:
