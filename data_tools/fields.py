@@ -379,8 +379,8 @@ def _parts(path: np.ndarray, votes: np.ndarray, weights: np.ndarray) -> tuple[np
     plain = np.isin(_states().mark[path], (0, TOP[0], BOTTOM[0]))  # where shifted film, smoothed by a coder, is not taken for video
     whole, seen = added(weights[plain], 0), added(votes[plain], 0)
     top, bottom = (seen[:, [video, early]].sum(1) for video, *_, early in (TOP, BOTTOM))
-    combed = (fast > np.maximum(FEW, PART * total)) | ((whole > 4 * FEW) & (
-        (np.maximum(top, bottom) > VIDEO * whole) | ((seen[:, 0] < 0.15 * whole) & (seen[:, 1:].sum(1) > VIDEO * whole))))
+    leaning = (seen[:, 0] < 0.15 * whole) & (np.abs(top - bottom) > VIDEO / 3 * whole)
+    combed = (fast > np.maximum(FEW, PART * total)) | ((whole > 4 * FEW) & ((np.maximum(top, bottom) > VIDEO * whole) | leaning))
     rest = total[~combed].sum()
     if not combed.any() or rest < PART * total.sum():
         return None
