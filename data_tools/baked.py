@@ -31,7 +31,6 @@ from data_tools.film import Film, Picture
 
 WEIGHTS = Path(__file__).parent / "weights"
 KERNELS = ("area", "bilinear", "bicubic", "lanczos")
-SCALES = (0.5, 2.0)  # least and most that is looked for
 BINS = 4096  # of the spectrum over lines
 LEAST_LINES = 48  # of a film: fewer tell no carrier from a picture
 LOWEST = 0.055  # cycles a line: below, a carrier drowns in the picture
@@ -71,21 +70,29 @@ def analyse(film: Film) -> Found | None:
 
     Fields that still lie on lines of their own (scale 1) are no baked comb. Goes through the film once.
     """
+    return scored(film)[0]
+
+
+def scored(film: Film) -> tuple[Found | None, float]:
+    """What `analyse` gives, and the score behind it: at most 0 where it gives None, -20 for fields on lines of their own."""
     if film.kind.height < LEAST_LINES:
-        return None
+        return None, -20.0
     kept = moments(film)
     looks = [Look.of(moment) for moment in kept]
     found = candidates(looks)
-    combs = [(evidence.slope, evidence, value) for evidence in found if (value := score(evidence)) > 0]
+    scores = [score(evidence) for evidence in found]
+    highest = max((value for evidence, value in zip(found, scores, strict=True) if not native(evidence.place, film.kind.height)),
+                  default=-20.0)
+    combs = [(evidence.slope, evidence.place, value) for evidence, value in zip(found, scores, strict=True) if value > 0]
     if not combs:
-        return None
-    _, evidence, value = max(combs, key=lambda comb: comb[0])  # of a carrier and its harmonics, the one that carries most
-    if native(evidence.place, looks[0].lines):
-        return None
-    found = located(kept, looks, evidence.place, value)
-    left, misfit = tried(kept[::-(-len(kept) // TRIALS)], evidence.place, found)
-    found = replace(found, left=left, misfit=misfit)
-    return found if found.fits or value > CERTAIN else None
+        return None, highest
+    _, place, value = max(combs)  # of a carrier and its harmonics, the one that carries most
+    if native(place, film.kind.height):
+        return None, -20.0
+    comb = located(kept, looks, place, value)
+    left, misfit = tried(kept[::-(-len(kept) // TRIALS)], place, comb)
+    comb = replace(comb, left=left, misfit=misfit)
+    return (comb, value) if comb.fits or value > CERTAIN else (None, 0.0)
 
 
 class Moment(NamedTuple):
@@ -314,7 +321,7 @@ def amplitude(kept: list[Moment], place: float, first: float) -> float:
     only the fields' mean m and what the carrier has, g d, are seen; g follows from equal sums of squares of 2 d and of the change
     of m - d to m + d.
     """
-    means = squares = cross = both = own = 0.0
+    means = cross = both = own = 0.0
     for moment in kept[::-(-len(kept) // CLOSE)]:
         mean, comb = [], []
         for plane in (plane.astype(np.float32) for plane in moment[:3]):
