@@ -160,7 +160,7 @@ class Peak:
 
 def shrunk(plane: np.ndarray) -> np.ndarray:
     """A plane about 160 columns wide, of means of square cells: float32 [h/k w/k]."""
-    k = max(1, round(plane.shape[1] / 176))
+    k = max(1, min(round(plane.shape[1] / 176), plane.shape[0] // 24))
     h, w = plane.shape[0] // k, plane.shape[1] // k
     small = plane[:h * k, :w * k]
     return cv2.resize(small, (w, h), interpolation=cv2.INTER_AREA).astype(np.float32) if k > 1 else small.astype(np.float32)

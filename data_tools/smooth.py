@@ -132,7 +132,7 @@ class BlockWatch:
 
     def add(self, plane: np.ndarray) -> None:
         """The next picture's luma [h w] uint8."""
-        if self.seen % self.every == 0:
+        if self.seen % self.every == 0 and min(plane.shape) >= 4 * BLOCK:
             for axis, view in enumerate((plane[::2], plane[:, ::2].T)):
                 step = cv2.absdiff(np.ascontiguousarray(view[:, 1:]), np.ascontiguousarray(view[:, :-1]))
                 step[step > CONTOUR] = 0  # contours say nothing about blocks
@@ -148,8 +148,8 @@ class BlockWatch:
         return blocks if blocks is not None and blocks.score >= BLOCKY and blocks.step >= FELT else None
 
     def measured(self) -> Blocks | None:
-        """The same however little they show; None before the first picture."""
-        if not self.seen:
+        """The same however little they show; None before the first picture that is large enough."""
+        if not self.counts.any():
             return None
         means = self.sums / np.maximum(self.counts, 1)
         column, line = means.argmax(1)

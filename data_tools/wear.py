@@ -17,6 +17,7 @@ STANDS_OUT = 12  # levels of a scratch over or under the columns BESIDE away
 BESIDE = 3  # columns; a scratch is narrower
 UPRIGHT, LEVEL = 0.6, 8.0  # least share of the lines at which a scratch stands out; most spread of its levels
 LEAST, SEEN = 12, 0.8  # pictures that a scratch lasts; share of them in which it is seen
+FORGET = 400  # pictures after which a ridge that did not wander is followed afresh
 WANDER = 0.1  # least share of the pictures between which it goes left, and as much right
 REACH = 4  # columns that it moves at most between two pictures
 ROUGHER = 2.5  # lines at the foot over those above, by how rough they are from column to column, and ROUGH_LEVELS more
@@ -49,6 +50,10 @@ class ScratchWatch:
         self.open += [{self.seen: ridge} for ridge in ridges]
         self.closed += [track for track in self.open if max(track) < self.seen - LEAST and _wanders(track)]
         self.open = [track for track in self.open if max(track) >= self.seen - LEAST]
+        for track in self.open:
+            if len(track) > FORGET and not _wanders(track):  # a line of the scene: the past does not matter
+                for number in sorted(track)[:-LEAST]:
+                    del track[number]
         self.seen += 1
 
     def found(self) -> list[Scratch]:
@@ -99,14 +104,14 @@ def unscratched(film: Film, scratches: list[Scratch]) -> Film:
 class FootWatch:
     """Measures how rough the lowest lines of a film's pictures are. every: how many pictures apart. Memory: some numbers a look."""
 
-    def __init__(self, every: int = 4):
+    def __init__(self, every: int = 8):
         self.every, self.seen, self.rough = every, 0, []
 
     def add(self, plane: np.ndarray) -> None:
         """The next picture's luma [h w] uint8."""
-        if self.seen % self.every == 0:
+        if self.seen % self.every == 0 and min(plane.shape) >= 32:
             lines = plane[-max(int(4 * FOOT * len(plane)), 8):].astype(np.int16)
-            self.rough.append(np.abs(2 * lines[:, 1:-1] - lines[:, :-2] - lines[:, 2:]).mean(1))
+            self.rough.append(np.abs(2 * lines[:, 1:-1] - lines[:, :-2] - lines[:, 2:]).mean(1, dtype=np.float32))
         self.seen += 1
 
     def found(self) -> int:

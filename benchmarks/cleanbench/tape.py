@@ -198,7 +198,7 @@ def _blocks(bench: Bench) -> list[Row]:
 def _show(path, damaged: Clip, other: Clip, made: Clip, truth: Clip, peer: str) -> None:
     """A sheet of the place of a middle picture where the damage is greatest."""
     k = len(truth.y) // 2
-    height, width = (min(side, most) for side, most in zip(truth.y.shape[1:], (150, 200), strict=True))
+    height, width = (min(side, most) for side, most in zip(truth.y.shape[1:], (104, 152), strict=True))
     wrong = np.square(damaged.y[k].astype(float) - truth.y[k]).cumsum(0).cumsum(1)
     energy = wrong[height:, width:] - wrong[:-height, width:] - wrong[height:, :-width] + wrong[:-height, :-width]
     top, left = np.unravel_index(energy.argmax(), energy.shape) if energy.size else (0, 0)
