@@ -78,8 +78,8 @@ def apart(one: Halves, other: Halves) -> np.ndarray:
 
 
 def detail(field: Halves) -> np.ndarray:
-    """Differences in blocks, float32, between neighbouring lines of one field, levels."""
-    return 2 * blocks_of(cv2.absdiff(field.top, field.top_between))
+    """Differences in blocks, float32, between neighbouring lines of one field, and between the means of the two fields, levels."""
+    return 2 * blocks_of(cv2.absdiff(field.top, field.top_between)) + np.abs(blocks_of(field.top) - blocks_of(field.bottom))
 
 
 def gather(pictures: Iterator[Picture]) -> Evidence:
@@ -271,7 +271,7 @@ def lean_of(votes: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
 SAMPLE = 30  # pictures of a segment's liveliest stretch, for those who try something on it
 LEAN, SURE = 0.03, 2.5  # share of all weight, and standard errors, by which votes lean to one side in what is not progressive
 VIDEO, PART, MOST = 0.6, 0.05, 0.3  # hybrids: least share of votes for video where a cell is video; of fast ones there, and of all
-WHOLE = 0.02  # weight in the film part; of all weight there when it is progressive, whose votes lean to a side by less than WHOLE
+#                                     weight in the film part; of all weight there when it is progressive
 MARGIN = 8.0  # log likelihood by which the film part must be better explained as film; progressive film by half
 
 
@@ -391,7 +391,7 @@ def _parts(path: np.ndarray, votes: np.ndarray, weights: np.ndarray) -> tuple[np
     video = likeliest(*part, np.array([mode.verdict == order for mode in modes()]))
     mode, (share, _) = _mode_at(film.states)[0], lean_of(*part)
     better = film.likelihood - video.likelihood
-    pictures = mode.kind == "progressive" and better > MARGIN / 2 and abs(share) < WHOLE and rest > MOST * total.sum()
+    pictures = mode.kind == "progressive" and better > MARGIN / 2 and abs(share) < LEAN and rest > MOST * total.sum()
     return (film.states, order) if pictures or (mode.kind == "telecine" and better > MARGIN) else None
 
 
