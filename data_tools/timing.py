@@ -23,7 +23,7 @@ NOISE = 0.06  # levels, mean of a picture: a change below it says nothing
 FLOOR = 0.05  # ratios below this say no more
 # Weights of the log odds, tuned on procedural scenes and films that the bench does not test with
 REPEAT = (2.8, 4.0, 0.5)  # change beside the usual one; place between the pictures before and after; what has to be exceeded
-JUMP = (3.6, 1.5, 1.0, 3.3)  # change beside the next ones, in double steps; in cells; unevenness around; what has to be exceeded
+JUMP = (3.6, 1.5, 1.0, 3.8)  # change beside the next ones, in double steps; in cells; unevenness around; what has to be exceeded
 GAP, SURER = 1.5, 2.0  # a time step so many times the usual one is a gap, and makes a jump surer by so much
 DOUBLE = (0.3, 0.6)  # log of how much more two steps change than one, at least and most
 CUT = 1.6  # a change so many times that of any two steps around is a new shot

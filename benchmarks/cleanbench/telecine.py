@@ -10,12 +10,13 @@ from data_tools.film import Clip
 from data_tools.measure import matched, psnr
 
 CUTS = ((61, 1), (140, 2), (221, 3))  # fields left out after the pulldown
-BOTH = ("p5", "cover", "repeats")
 ALIKE_DB = 40.0  # true pictures closer than this cannot be told apart once coded
 
 
-def quality(out: Clip, truth: Clip) -> tuple[float, float, float]:
-    """5th percentile of PSNR, share of true pictures present, share of repeats; a drawn film's own repeats do not count."""
+def quality(out: Clip, truth: Clip, count: int) -> tuple[float, float, float]:
+    """5th percentile of PSNR of the best `count` pictures, share of true pictures present, share of repeats.
+
+    count: how many pictures have both fields; one of a single field has to be filled. A drawn film's own repeats do not count."""
     path = np.array(matched(out.y, truth.y))
     alike = np.array([False] + [psnr(a, b) > ALIKE_DB for a, b in zip(truth.y, truth.y[1:], strict=False)])
     group = np.cumsum(~alike)  # pictures of one number show the same
@@ -23,11 +24,11 @@ def quality(out: Clip, truth: Clip) -> tuple[float, float, float]:
     spare = {number: int((group == number).sum()) for number in set(group)}
     repeats = sum(max(0, int((shown == number).sum()) - spare[number]) for number in set(shown))
     values = [psnr(picture, truth.y[i]) for picture, i in zip(out.y, path, strict=True)]
-    return float(np.percentile(values, 5)), len(set(shown)) / len(spare), repeats / len(out.y)
+    return float(np.percentile(sorted(values)[-count:], 5)), len(set(shown)) / len(spare), repeats / len(out.y)
 
 
-def oracle(pulled: Clip, pairs: list[tuple[int, int]], truth: Clip) -> float:
-    """5th percentile of PSNR of the pictures woven of the first two fields of each, top field first."""
+def oracle(pulled: Clip, pairs: list[tuple[int, int]], truth: Clip) -> list[float]:
+    """PSNR of the pictures woven of the first two fields of each, top field first."""
     numbers = [number for pair in pairs for number in pair]
     values = []
     for k in range(len(numbers) - 1):
@@ -36,7 +37,7 @@ def oracle(pulled: Clip, pairs: list[tuple[int, int]], truth: Clip) -> float:
             for j in (k, k + 1):
                 picture[j % 2::2] = pulled.y[j // 2][j % 2::2]
             values.append(psnr(picture, truth.y[numbers[k]]))
-    return float(np.percentile(values, 5))
+    return values
 
 
 def pullup(clip: Clip) -> Clip | None:
@@ -68,13 +69,13 @@ def pulldowns(bench: Bench) -> list[Row]:
                 continue
             pulled = degrade.telecine(clip, "2:3", cuts=cuts)
             bad = degrade.coded(pulled.clip, crf) if crf else pulled.clip
-            best.append(oracle(bad, pulled.pairs, clip))
-            tally = telecine.Tally()
-            ours = film.to_clip(telecine.inverse(film.from_clip(bad), "tff", tally=tally))
+            ideal = oracle(bad, pulled.pairs, clip)
+            best.append(float(np.percentile(ideal, 5)))
+            ours = film.to_clip(telecine.inverse(film.from_clip(bad), "tff"))
             peer = through_filters(bad, "fps=25,fieldmatch=order=tff:combmatch=full,decimate")
             for key, out in (("ours", ours), ("fieldmatch", peer), ("pullup", pullup(bad))):
                 if out is not None:
-                    got[key].append(quality(out, clip))
+                    got[key].append(quality(out, clip, len(ideal)))
             path = matched(ours.y, clip.y)
             combed += sum(_teeth(a) > 2 * _teeth(clip.y[i]) + 20 for a, i in zip(ours.y, path, strict=True))
             if bench.pictures and crf and name == "bikes77":
