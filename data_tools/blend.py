@@ -1,10 +1,11 @@
 """Pictures that a rate conversion mixed, and how to get the pictures before it back.
 
-A converter from 24 to 30 pictures a second, say, gives y_j = (1 - w) x_i + w x_{i+1} where i + w = phase + ratio j, ratio = 24 / 30:
-in matrices y = W x. There are more y than x, so some combinations N' y of pictures (N spans what is orthogonal to the columns of W)
-are 0 for the right ratio and phase, whatever the film shows, and only for these. That is the whole detector: over windows of pictures,
-the energy tr(N' G N) of these combinations, G being the inner products of the pictures' moving pixels, for each ratio and phase; a
-true one falls far below the other phases of its ratio. Still pictures, repeats, ghosts and fades give no such fall.
+A converter from 24 to 30 pictures a second, say, gives y_j = (1 - w) x_i + w x_{i+1} where i + w = phase + ratio j and ratio = 24
+/ 30: in matrices y = W x. There are more y than x, so some combinations N' y of pictures (N spans what is orthogonal to the
+columns of W) are 0 for the right ratio and phase, whatever the film shows, and only for these. That is the whole detector: over
+windows of pictures, the energy tr(N' G N) of these combinations, G being the inner products of the pictures' moving pixels, for
+each ratio and phase; a true one falls far below the other phases of its ratio. Still pictures, repeats, ghosts and fades give no
+such fall.
 The repair is the best linear estimate of x (least squares with a little shrinking), which is well conditioned: mixes near a clean
 picture are unmixed with it, and half-and-half mixes from both sides.
 """
@@ -128,9 +129,9 @@ def _gram(planes: deque[np.ndarray]) -> np.ndarray:
 def _empty(ratio: float, phase: float, count: int) -> np.ndarray:
     """N [count k], orthonormal: the combinations of pictures that the law makes 0."""
     mix, _ = _matrix(ratio, phase, np.arange(count))
-    mix = mix[:, mix.sum(0) > 1e-6]
-    basis, sizes, _ = np.linalg.svd(mix)
-    return basis[:, int((sizes > 1e-3).sum()):]
+    mix = mix[:, mix.sum(0) > 1e-3]
+    basis, _ = np.linalg.qr(mix, mode="complete")
+    return basis[:, mix.shape[1]:]
 
 
 def _energy(gram: np.ndarray, ratio: float, phase: float) -> float:
