@@ -82,8 +82,12 @@ def _of_whole_pictures(film: Film, rate: str, outcome: Outcome) -> Outcome:
     comb = baked.analyse(film)
     if comb is not None:
         outcome.verdict, outcome.confidence, outcome.found["baked"] = "baked_comb", comb.confidence, asdict(comb)
-        outcome.film = baked.repair(film, comb, rate)
-        outcome.edits.append(Edit("baked", asdict(comb) | {"rate": rate}, comb.confidence))
+        if comb.fits:
+            outcome.film = baked.repair(film, comb, rate)
+            outcome.edits.append(Edit("baked", asdict(comb) | {"rate": rate}, comb.confidence))
+        else:
+            outcome.notes.append(f"the fields, woven and rescaled again, miss the input by {comb.misfit:.0%} of the change, "
+                                 f"and {comb.left:.0%} of the comb would be left")
     return outcome
 
 

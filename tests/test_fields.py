@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from data_tools import degrade, fields, film, measure
+from data_tools import baked, degrade, fields, film, measure
 from data_tools.deinterlace import _misfit, command, deinterlace
 from data_tools.fields import TOP, Segment, analyse, mark_of
 from data_tools.film import Clip, from_clip
@@ -216,6 +216,16 @@ def test_a_refused_repair_leaves_the_film_and_says_so(monkeypatch):
     monkeypatch.setattr(fields, "analyse", lambda film: wrong)
     outcome = deinterlace(given)
     assert outcome.film is given and not outcome.edits and "left alone" in outcome.notes[0]
+
+
+@pytest.mark.parametrize("misfit", [0.1, 0.9])
+def test_a_baked_comb_is_repaired_only_where_that_fits(monkeypatch, misfit):
+    given = from_clip(scene())
+    comb = baked.Found(3.0, 0.95, 0.75, 240, "tff", "bicubic", 0.0, left=0.1, misfit=misfit)
+    monkeypatch.setattr(baked, "analyse", lambda film: comb)
+    outcome = deinterlace(given)
+    assert outcome.verdict == "baked_comb"
+    assert (outcome.film is given, bool(outcome.edits), bool(outcome.notes)) == (not comb.fits, comb.fits, not comb.fits)
 
 
 def test_unknown_options_are_refused():
