@@ -276,7 +276,8 @@ def located(kept: list[Moment], looks: list[Look], place: float, value: float) -
     lines, sums = looks[0].lines, envelope(looks, place)
     exact, first = carrier(sums, place)
     strength = amplitude(kept, exact, first)
-    up = exact >= LEAST_UP and upscaled(kept, exact, strength) > 0
+    sure = 1.0 if exact < 0.3 else 0.0  # a scale of 2/3 taken for one of 2 does harm, the reverse does not
+    up = exact >= LEAST_UP and upscaled(kept, exact, strength) > sure
     near = round((exact if up else 1 - exact) * lines)
     options = []
     for half in range(max(1, near - 1), near + 2):

@@ -96,7 +96,7 @@ def repairs(bench: Bench) -> list[Row]:
                                                             found is not None and found.fits))
             if bench.pictures and (name, scale, how) == ("bikes0", 0.75, "area"):
                 i, top, left = busiest(damaged.y)
-                cut = np.s_[i, top:top + 120, left:left + 160]
+                cut = np.s_[i, top:top + 96, left:left + 128]
                 shown = {"before": damaged.y, "bwdif": bwdif, "ours": ours, "truth": truth}
                 sheet(bench.pictures / "baked.png", [(word, planes[cut]) for word, planes in shown.items()], 2)
     rows = []
@@ -111,9 +111,9 @@ def repairs(bench: Bench) -> list[Row]:
 
 
 def busiest(y: np.ndarray) -> tuple[int, int, int]:
-    """Picture, line and column of the 120 x 160 part that differs most from the picture before."""
+    """Picture, line and column of the 96 x 128 part that differs most from the picture before."""
     change = np.abs(np.diff(y.astype(np.float32), axis=0))
     i = int(np.argmax(change.mean((1, 2))))
-    spread = cv2.blur(change[i], (160, 120), borderType=cv2.BORDER_CONSTANT)[60:-60, 80:-80]
+    spread = cv2.blur(change[i], (128, 96), borderType=cv2.BORDER_CONSTANT)[48:-48, 64:-64]
     top, left = np.unravel_index(int(np.argmax(spread)), spread.shape)
     return i + 1, int(top), int(left)
