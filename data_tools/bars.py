@@ -27,6 +27,7 @@ SHRINK = 8  # of a thumbnail
 LEAST = 4  # lines: a thinner rim is left alone
 DEEPEST = 0.45  # of the side that one bar may take
 DEEPEST_PADDED = 0.36  # an upright phone's picture in a wide frame leaves 0.34
+SPREAD = 0.4  # share of a padded bar's border that has to be a step
 EXPLAINED = 0.8  # share of a padded bar's variance that the blurred picture has to explain
 
 
@@ -100,7 +101,7 @@ def _inside(plane: np.ndarray, luma: np.ndarray, box: Box) -> np.ndarray:
 class _Axis(NamedTuple):
     """Along one direction, n lines of s segments in 3 planes: over time, mean and deviation [n s 3].
 
-    step [n]: luma's mean difference from the line before.
+    step [n s]: luma's mean difference from the line before.
     """
 
     mean: np.ndarray
@@ -128,11 +129,11 @@ def _look(film: Film) -> _Seen | None:
             return None
         for name, profile in (("rows", _profile(picture, False)), ("columns", _profile(picture, True))):
             if count == 0:
-                sums[name] = [np.zeros(profile.shape), np.zeros(profile.shape), np.zeros(len(profile))]
+                sums[name] = [np.zeros(profile.shape), np.zeros(profile.shape), np.zeros(profile.shape[:2])]
             total, squares, steps = sums[name]
             total += profile
             squares += np.square(profile)
-            steps[1:] += np.abs(profile[1:, :, 0] - profile[:-1, :, 0]).mean(1)
+            steps[1:] += np.abs(profile[1:, :, 0] - profile[:-1, :, 0])
         if count % stride == 0:
             size = (-(-y.shape[1] // SHRINK), -(-y.shape[0] // SHRINK))
             kept.append((y[SHRINK // 2::SHRINK, SHRINK // 2::SHRINK].copy(), cv2.resize(y, size, interpolation=cv2.INTER_AREA)))
@@ -195,8 +196,9 @@ def _sides(axis: _Axis, differs: np.ndarray) -> tuple[int, int]:
     if live.sum() < SEGMENTS // 6:
         return 0, 0
     mean, share = axis.mean[:, live], differs[:, live].mean(1)
-    deviation, after = axis.deviation[:, live], np.append(axis.step[1:], 0)
-    first, last = _depth(deviation, share, axis.step), _depth(deviation[::-1], share[::-1], after[::-1])
+    deviation, step = axis.deviation[:, live], axis.step.mean(1)
+    after = np.append(step[1:], 0)
+    first, last = _depth(deviation, share, step), _depth(deviation[::-1], share[::-1], after[::-1])
     if first and last:
         return first, last
     # one bar alone may be a wall or a roof: only a thin black rim is cut
@@ -244,10 +246,14 @@ def _padded(seen: _Seen) -> Box | None:
     return best
 
 
-def _steps(step: np.ndarray) -> list[tuple[int, float]]:
-    """Depths of equal bars at both ends where both end in a step that stands out, and how far; first (0, 0), no bars."""
-    n = len(step)
-    stands = step / (cv2.medianBlur(step.astype(np.float32)[None], 5)[0] + 0.5)  # a step of one line vanishes in the median
+def _steps(steps: np.ndarray) -> list[tuple[int, float]]:
+    """Depths of equal bars at both ends [n s] where both end in a step that stands out, and how far; first (0, 0), no bars."""
+    n = len(steps)
+    lines = np.ascontiguousarray(steps.T, np.float32)
+    wide = np.stack([cv2.medianBlur(line[None], 5)[0] for line in lines], 1)  # a step of one line vanishes in the median
+    spread = (steps > 1.3 * (wide + 0.5)).mean(1)  # over the length of the border: a line of text is not
+    step = steps.mean(1)
+    stands = np.where(spread > SPREAD, step / (cv2.medianBlur(step.astype(np.float32)[None], 5)[0] + 0.5), 0)
     depth = np.arange(LEAST, int(DEEPEST_PADDED * n))
     paired = np.minimum(stands[depth], np.max([stands[n - depth + k] for k in (-1, 0, 1)], 0))
     chosen = np.argsort(-paired, kind="stable")[:4]
