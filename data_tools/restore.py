@@ -18,6 +18,7 @@ from data_tools import dropout, ghost, smooth, timing, wear
 from data_tools.film import Film, Picture
 from data_tools.stage import Edit, Outcome, main
 
+SURE, FEWEST, HABIT = 2.0, 4, 0.04  # log odds of a sure repeat; how many, and which share, are not held drawings or chance
 LEFT = 0.25  # most of the lost parts, or of the flicker, that a repair may leave
 STILL_BLOCKY = 0.6  # most of the blocks' excess that may be left
 
@@ -60,7 +61,10 @@ def restore(film: Film) -> Outcome:
                                     "jumps": [round(jump.at_s, 3) for jump in times.jumps]}
     if times.jumps:
         outcome.notes.append(f"pictures seem to be missing at {len(times.jumps)} places; they are left")
-    if times.duplicate.any():
+    sure = int((times.score > SURE).sum())
+    if times.duplicate.any() and sure < max(FEWEST, HABIT * len(times.score)):
+        outcome.notes.append(f"{int(times.duplicate.sum())} pictures look like repeats; so few are left")
+    elif times.duplicate.any():
         score = np.abs(times.score[times.duplicate])
         _accept(outcome, timing.repair(film, times), "repeats", {"left out": int(times.duplicate.sum())},
                 float(np.mean(1 / (1 + np.exp(-score)))))
