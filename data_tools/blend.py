@@ -31,7 +31,7 @@ WINDOW, LEAST = 52, 24  # pictures that are judged together; fewer than the seco
 PHASES, FINE = 16, 256  # steps of the phase when looking for it, and in the end
 SAMPLES, MOVING = 40_000, 0.1  # pixels looked at; the share of them that counts: where most moves
 STILL = 2.0  # levels squared: below this the pixels that move most hardly do
-FALL = 4.0  # how far the energy of the right phase lies below the median of all
+FALL, FEW = 4.0, 7  # how far the energy of the right phase lies below that of others, and the more for few combinations
 AGREE = 0.8  # the share of windows with motion in which it has to
 SHRINK = 0.01  # noise over signal, for the estimate; a mix of less than CLEAN of another picture is taken as it is
 CLEAN = 1 / 128
@@ -95,9 +95,11 @@ def analyse(film: Film) -> Found | None:
                                     for place in near]))]
     usual = [np.median([_energy(gram, ratio, i / PHASES) for i in range(PHASES)]) for _, gram in moving]
     right = [_energy(gram, ratio, phase + ratio * start) for start, gram in moving]
-    each = np.array(usual) / (np.array(right) + 1e-3)
+    local = [_local(gram, ratio, phase + ratio * start) for start, gram in moving]
+    each = np.minimum(usual, local) / (np.array(right) + 1e-3)
     fall, agree = float(np.exp(np.mean(np.log(each)))), float(np.mean(each > FALL))
-    if fall < FALL or agree < AGREE:
+    count = sum(_empty(ratio, 0.0, len(gram)).shape[1] for _, gram in moving)  # fewer combinations may be small by chance
+    if fall < FALL * (1 + FEW / max(count, 1)) or agree < AGREE:
         return None
     return Found(name, phase % 1.0, fall, agree)
 
@@ -138,6 +140,15 @@ def _energy(gram: np.ndarray, ratio: float, phase: float) -> float:
     """What the combinations that ought to be 0 hold, levels squared; nan when there is none."""
     empty = _empty(ratio, round(phase * FINE) % FINE / FINE, len(gram))
     return float((empty * (gram @ empty)).sum() / empty.shape[1]) if empty.shape[1] else math.nan
+
+
+def _local(gram: np.ndarray, ratio: float, phase: float) -> float:
+    """What second differences of pictures hold where these combinations have their weight: little in quiet passages, as theirs."""
+    empty = _empty(ratio, round(phase * FINE) % FINE / FINE, len(gram))
+    bend = np.array([1, -2, 1])
+    curve = np.array([bend @ gram[i - 1:i + 2, i - 1:i + 2] @ bend / 6 for i in range(1, len(gram) - 1)])
+    weight = np.square(empty[1:-1]).sum(1)
+    return float(weight @ curve / max(weight.sum(), 1e-6))
 
 
 def _falls(gram: np.ndarray, ratio: float, start: int) -> np.ndarray:
