@@ -241,7 +241,7 @@ def _padded(seen: _Seen) -> Box | None:
             if strength_y + strength_x > strongest:
                 box = Box(y, x, seen.height - y, seen.width - x, "blurred")
                 share = _explained(seen.thumbs, box)
-                if share > EXPLAINED:
+                if share > EXPLAINED and _smooth(seen, box):
                     best, strongest = box._replace(confidence=share), strength_y + strength_x
     return best
 
@@ -258,6 +258,14 @@ def _steps(steps: np.ndarray) -> list[tuple[int, float]]:
     paired = np.minimum(stands[depth], np.max([stands[n - depth + k] for k in (-1, 0, 1)], 0))
     chosen = np.argsort(-paired, kind="stable")[:4]
     return [(0, 0.0)] + [(int(depth[k]), float(paired[k])) for k in chosen if paired[k] > 1.5]
+
+
+def _smooth(seen: _Seen, box: Box) -> bool:
+    """Whether the bars hold nothing but noise and smooth areas: letters make a few points differ much from their surroundings."""
+    outside = np.ones(seen.points.shape[1:], bool)
+    outside[box.top // SHRINK:-(-box.bottom // SHRINK), box.left // SHRINK:-(-box.right // SHRINK)] = False
+    rough = cv2.absdiff(seen.points, seen.thumbs)[:, outside]
+    return bool(outside.any() and np.percentile(rough, 97) <= 5 * np.median(rough) + 6)
 
 
 def _explained(thumbs: np.ndarray, box: Box) -> float:
