@@ -136,7 +136,7 @@ def _look(film: Film) -> _Seen | None:
             steps[1:] += np.abs(profile[1:, :, 0] - profile[:-1, :, 0])
         if count % stride == 0:
             size = (-(-y.shape[1] // SHRINK), -(-y.shape[0] // SHRINK))
-            kept.append((y[SHRINK // 2::SHRINK, SHRINK // 2::SHRINK].copy(), cv2.resize(y, size, interpolation=cv2.INTER_AREA)))
+            kept.append(tuple(cv2.resize(y, size, interpolation=how) for how in (cv2.INTER_NEAREST, cv2.INTER_AREA)))
             if len(kept) == KEPT:
                 kept, stride = kept[::2], stride * 2
         count += 1
@@ -263,9 +263,10 @@ def _steps(steps: np.ndarray) -> list[tuple[int, float]]:
 def _smooth(seen: _Seen, box: Box) -> bool:
     """Whether the bars hold nothing but noise and smooth areas: letters make a few points differ much from their surroundings."""
     outside = np.ones(seen.points.shape[1:], bool)
-    outside[box.top // SHRINK:-(-box.bottom // SHRINK), box.left // SHRINK:-(-box.right // SHRINK)] = False
+    outside[max(box.top // SHRINK - 1, 0):-(-box.bottom // SHRINK) + 1,
+            max(box.left // SHRINK - 1, 0):-(-box.right // SHRINK) + 1] = False
     rough = cv2.absdiff(seen.points, seen.thumbs)[:, outside]
-    return bool(outside.any() and np.percentile(rough, 97) <= 5 * np.median(rough) + 6)
+    return bool(outside.any() and np.percentile(rough, 97) <= 5 * np.median(rough) + 14)
 
 
 def _explained(thumbs: np.ndarray, box: Box) -> float:
