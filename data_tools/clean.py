@@ -37,7 +37,7 @@ from data_tools import bars, manifest, networks, overlay, probe, restore, stage,
 from data_tools import film as films
 from data_tools.deinterlace import deinterlace
 from data_tools.film import Film
-from data_tools.stage import Outcome
+from data_tools.stage import Edit, Outcome
 from latte import video
 from latte.clips import VIDEO_SUFFIXES
 
@@ -74,7 +74,7 @@ def clean(film: Film, settings: Settings, scratch: Path | None = None) -> Outcom
 
     fields = run("deinterlace", deinterlace, grade=settings.grade, rate=settings.rate)
     done.verdict, done.confidence = fields.verdict, fields.confidence
-    run("restore", restore.restore)
+    run("restore", restore.restore, _shot(fields.edits))
     if settings.overlays:
         run("bars", bars.bars)
         run("ticker", ticker.ticker)
@@ -85,6 +85,16 @@ def clean(film: Film, settings: Settings, scratch: Path | None = None) -> Outcom
     if not done.edits and done.dropped is None:
         done.notes.append("nothing to do")
     return done
+
+
+def _shot(edits: list[Edit]) -> tuple[int, ...]:
+    """Which lines of a film that was de-interlaced as a whole, in one order, were shot: see dropout.Watch."""
+    ways = {(edit.settings["order"], edit.settings["rate"]) for edit in edits if edit.step == "deinterlace"}
+    if len(ways) != 1 or len(edits) != 1:
+        return ()
+    ((order, rate),) = ways
+    first = 0 if order == "tff" else 1
+    return (first,) if rate == "frame" else (first, 1 - first)
 
 
 @contextmanager

@@ -7,9 +7,9 @@ from both sides and from the lines around, each by how well it fits around the l
 that motion explains is left alone. That both neighbours in time contradict it is Kokaram's test (Motion Picture Restoration, 1998).
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from functools import cached_property
-from itertools import islice
 from typing import NamedTuple
 
 import cv2
@@ -38,15 +38,19 @@ class Mended(NamedTuple):
 
 
 class Watch:
-    """Counts lost parts in the pictures of a film in order. Memory: four pictures."""
+    """Counts lost parts in the pictures of a film in order. Memory: four pictures.
 
-    def __init__(self):
-        self.recent, self.flow = [], _flow()
+    shot: of a de-interlaced film, the first of every other line that was shot, picture by picture in turn: (0,) at frame rate with
+    the top field first, (0, 1) at field rate. The lines between were made up and look odd often; a tape lost none of them.
+    """
+
+    def __init__(self, shot: tuple[int, ...] = ()):
+        self.recent, self.flow, self.planes, self.shot = [], _flow(), _planes(shot), shot
         self.looked = self.damaged = self.parts = 0
 
     def add(self, plane: np.ndarray) -> None:
         """The next picture's luma [h w] uint8."""
-        self.recent = [*self.recent[-3:], Plane(plane)]
+        self.recent = [*self.recent[-3:], self.planes(plane)]
         if len(self.recent) == 4:
             _, _, parts = _lost(*self.recent, self.flow)
             self.looked, self.damaged, self.parts = self.looked + 1, self.damaged + (parts > 0), self.parts + parts
@@ -60,26 +64,27 @@ class Watch:
         return {"looked": self.looked, "damaged": self.damaged, "parts": self.parts}
 
 
-def repair(film: Film) -> Film:
-    """The film with its lost parts filled."""
-    return film.through(lambda pictures: (each.picture for each in mended(pictures)))
+def repair(film: Film, shot: tuple[int, ...] = ()) -> Film:
+    """The film with its lost parts filled; shot as in Watch."""
+    return film.through(lambda pictures: (each.picture for each in mended(pictures, shot)))
 
 
-def mended(pictures: Iterator[Picture]) -> Iterator[Mended]:
+def mended(pictures: Iterator[Picture], shot: tuple[int, ...] = ()) -> Iterator[Mended]:
     """Fills the lost parts of every picture; films of less than three are left alone. Memory: four pictures."""
     flow, held = _flow(), []  # pictures and their planes: the one before, the one at hand and two after
-    head = list(islice(pictures, 3))
+    planes = _planes(shot[-1:] + shot[:-1])  # one picture is put before the first
+    head = list(itertools.islice(pictures, 3))
     if len(head) < 3:
         yield from (Mended(picture, None) for picture in head)
         return
     for picture in _mirrored(head, pictures):
-        held.append((picture, Plane(picture.y)))
+        held.append((picture, planes(picture.y)))
         if len(held) == 4:
             mask, fill, _ = _lost(*(plane for _, plane in held), flow)
             del held[0]
             if mask is not None:
                 whole = np.where(mask, fill, held[0][0].y)
-                held[0] = held[0][0]._replace(y=whole), Plane(whole)
+                held[0] = held[0][0]._replace(y=whole), Plane(whole, held[0][1].shot)
             yield Mended(held[0][0], mask)
 
 
@@ -97,8 +102,8 @@ def _mirrored(head: list[Picture], rest: Iterator[Picture]) -> Iterator[Picture]
 class Plane:
     """A luma plane, and where it is like nothing a camera gives; computed when asked for."""
 
-    def __init__(self, y: np.ndarray):
-        self.y = y
+    def __init__(self, y: np.ndarray, shot: int | None = None):
+        self.y, self.shot = y, shot
 
     @cached_property
     def unnatural(self) -> np.ndarray:
@@ -106,7 +111,16 @@ class Plane:
 
     @cached_property
     def odd(self) -> np.ndarray:
-        return cv2.bitwise_and(self.unnatural, _apart_from_lines(self.y))
+        places = cv2.bitwise_and(self.unnatural, _apart_from_lines(self.y))
+        if self.shot is not None:
+            places[1 - self.shot::2] = 0
+        return places
+
+
+def _planes(shot: tuple[int, ...]) -> Callable[[np.ndarray], Plane]:
+    """Makes planes of luma, which know the lines that were shot."""
+    turn = itertools.cycle(shot or (None,))
+    return lambda y: Plane(y, next(turn))
 
 
 def _flow():

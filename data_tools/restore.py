@@ -26,16 +26,17 @@ STILL_BLOCKY = 0.6  # most of the blocks' excess that may be left
 class Look:
     """What one passage through a film shows of all damages."""
 
-    def __init__(self):
-        self.ghosts, self.losses = ghost.Watch(), dropout.Watch()
+    def __init__(self, shot: tuple[int, ...] = ()):
+        self.ghosts, self.losses = ghost.Watch(), dropout.Watch(shot)
         self.scratches, self.foot = wear.ScratchWatch(), wear.FootWatch()
         self.gains, self.blocks = smooth.FlickerWatch(), smooth.BlockWatch()
 
-    def over(self, film: Film) -> "Look":
-        """Goes through the film."""
-        for _ in self.beside(iter(film)):
+    def again(self, film: Film) -> "Look":
+        """What a passage through another state of the film shows."""
+        look = Look(self.losses.shot)
+        for _ in look.beside(iter(film)):
             pass
-        return self
+        return look
 
     def beside(self, pictures: Iterator[Picture]) -> Iterator[Picture]:
         """The same pictures, looked at as they pass."""
@@ -50,12 +51,13 @@ class Look:
         return {"ghost": self.ghosts.trace(), "dropouts": self.losses.trace(), "blockiness": blocks and round(blocks.score, 3)}
 
 
-def restore(film: Film) -> Outcome:
+def restore(film: Film, shot: tuple[int, ...] = ()) -> Outcome:
     """The film without what was done to it; the very same film when it has no such damage, or no repair fits.
 
-    The verdict names the repaired damages, joined by "+", in the order of repair, or is "nothing".
+    shot: which lines of a de-interlaced film were shot, as in dropout.Watch. The verdict names the repaired damages, joined by "+",
+    in the order of repair, or is "nothing".
     """
-    outcome, look = Outcome(film, "nothing", 1.0), Look()
+    outcome, look = Outcome(film, "nothing", 1.0), Look(shot)
     times = timing.analyse(film.through(look.beside))
     outcome.found = look.trace() | {"repeats": int(times.duplicate.sum()),
                                     "jumps": [round(jump.at_s, 3) for jump in times.jumps]}
@@ -68,7 +70,7 @@ def restore(film: Film) -> Outcome:
         score = np.abs(times.score[times.duplicate])
         _accept(outcome, timing.repair(film, times), "repeats", {"left out": int(times.duplicate.sum())},
                 float(np.mean(1 / (1 + np.exp(-score)))))
-        look = Look().over(outcome.film)
+        look = Look().again(outcome.film)  # pictures are missing now: whose lines were shot is no longer known
     for step in (_deghost, _fill, _unscratch, _cut, _steady, _deghost, _deblock):  # twice, for what came upon the ghost and hid it
         look = step(outcome, look)
     outcome.verdict = "+".join(edit.step for edit in outcome.edits) or "nothing"
@@ -91,7 +93,7 @@ def _deghost(outcome: Outcome, look: Look) -> Look:
             found = replace(found, chroma=ghost.in_chroma(outcome.film, found))
             repaired = ghost.repair(outcome.film, found)
             _accept(outcome, repaired, "ghost", asdict(found), found.confidence)
-            return Look().over(repaired)
+            return look.again(repaired)
         outcome.notes.append(f"it looks like a ghost ({found.kind} of {found.share:.2f}) but is left alone: {why}")
     return look
 
@@ -99,8 +101,8 @@ def _deghost(outcome: Outcome, look: Look) -> Look:
 def _fill(outcome: Outcome, look: Look) -> Look:
     if not look.losses.found():
         return look
-    repaired = dropout.repair(outcome.film)
-    after = Look().over(repaired)
+    repaired = dropout.repair(outcome.film, look.losses.shot)
+    after = look.again(repaired)
     if after.losses.parts > LEFT * look.losses.parts:
         outcome.notes.append(f"{look.losses.parts} parts of lines look lost but are left: filling them leaves {after.losses.parts}")
         return look
@@ -114,7 +116,7 @@ def _unscratch(outcome: Outcome, look: Look) -> Look:
     if not scratches:
         return look
     repaired = wear.unscratched(outcome.film, scratches)
-    after = Look().over(repaired)
+    after = look.again(repaired)
     if after.scratches.found():
         outcome.notes.append(f"{len(scratches)} scratches are left alone: filling them leaves {len(after.scratches.found())}")
         return look
@@ -127,7 +129,7 @@ def _cut(outcome: Outcome, look: Look) -> Look:
     if not lines:
         return look
     _accept(outcome, wear.footless(outcome.film, lines), "foot", {"lines": lines + lines % 2}, 0.9)
-    return Look().over(outcome.film)
+    return look.again(outcome.film)
 
 
 def _steady(outcome: Outcome, look: Look) -> Look:
@@ -135,7 +137,7 @@ def _steady(outcome: Outcome, look: Look) -> Look:
     if flicker is None:
         return look
     repaired = smooth.steadied(outcome.film, flicker)
-    after = Look().over(repaired)
+    after = look.again(repaired)
     rest, before = (float(np.square(np.diff(gains.fast())).sum()) for gains in (after.gains, look.gains))
     if rest > LEFT * before:
         outcome.notes.append(f"it looks like flicker but is left alone: taking the gains out leaves {rest / before:.0%} of it")
