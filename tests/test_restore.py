@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from data_tools import degrade, dropout, ghost, smooth, wear
+from data_tools import degrade, dropout, fill, ghost, smooth, wear
 from data_tools.film import Clip, Picture, from_clip, read, to_clip
 from data_tools.measure import f1, psnr
 from data_tools.restore import restore
@@ -219,3 +219,12 @@ def test_the_command_writes_film_and_report(tmp_path):
     assert told["verdict"] == "ghost" and abs(told["edits"][0]["settings"]["share"] - 0.5) <= 0.05
     assert len(to_clip(read(out)).y) == 48
     assert main(restore, argparse.ArgumentParser(), argv) == 0 and out.read_bytes() == first
+
+
+def test_dropouts_of_a_deinterlaced_film_are_looked_for_on_the_lines_that_were_shot():
+    damaged, _ = degrade.dropouts(degrade.weave(degrade.synth(3, 40, 120, 160, rate=50)), 3)
+    bobbed = from_clip(damaged).through(lambda pictures: fill.deinterlace(pictures, "tff", "frame", "fast"))
+    outcome = restore(bobbed, (0,))
+    assert outcome.verdict == "dropouts"
+    for picture in bobbed:
+        assert not dropout.Plane(picture.y, 0).odd[1::2].any()
