@@ -5,7 +5,7 @@
     python benchmarks/clean.py verdict fill --quick    some parts, on a clip or two, nothing written
 
 Peers are FFmpeg's filters, by PyAV or by the binary inside imageio-ffmpeg. Figures against known truth do not depend on the
-machine; speeds do.
+machine; speeds do. The sheets show procedural scenes and Big Buck Bunny ((c) Blender Foundation, CC-BY 3.0), no other footage.
 """
 
 import argparse

@@ -4,7 +4,7 @@ import av
 import cv2
 import numpy as np
 
-from benchmarks.cleanbench.common import Bench, Row, mean, sheet, through_filters
+from cleanbench.common import Bench, Row, mean, sheet, through_filters
 from data_tools import baked, degrade, film
 from data_tools.film import Clip
 from data_tools.measure import auc, psnr, recall_at
@@ -94,7 +94,7 @@ def repairs(bench: Bench) -> list[Row]:
             before = psnr(damaged.y, truth)
             gains.setdefault((scale, how, crf), []).append((*(psnr(planes, truth) - before for planes in (ours, bwdif, blur)),
                                                             found is not None and found.fits))
-            if bench.pictures and (name, scale, how) == ("bikes0", 0.75, "area"):
+            if bench.pictures and (name, scale, how) == ("bbb0", 0.75, "area"):
                 i, top, left = busiest(damaged.y)
                 cut = np.s_[i, top:top + 96, left:left + 128]
                 shown = {"before": damaged.y, "bwdif": bwdif, "ours": ours, "truth": truth}

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 
-from benchmarks.cleanbench.common import Bench, Row, mean, sheet, through_filters
+from cleanbench.common import Bench, Row, mean, sheet, through_filters
 from data_tools import degrade, fill, film, measure
 from data_tools.film import Clip
 

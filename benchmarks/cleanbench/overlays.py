@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import cv2
 import numpy as np
 
-from benchmarks.cleanbench.common import Bench, Row, mean, sheet, through_filters
+from cleanbench.common import Bench, Row, mean, sheet, through_filters
 from data_tools import bars, degrade, overlay, ticker
 from data_tools.film import Clip, Film, from_clip, to_clip
 from data_tools.measure import f1, psnr
@@ -90,7 +90,7 @@ def _bars(bench: Bench) -> list[Row]:
                 peer = _cropdetect(given)
                 near = [max(abs(a - b) for a, b in zip(one, box, strict=True)) <= 4 for one in (found, peer)]
                 right.setdefault((kind, setting), []).append(tuple(near))
-                if bench.pictures and kind == "blurred" and setting == "plain" and name in ("synth0", "bikes0") and box[0]:
+                if bench.pictures and kind == "blurred" and setting == "plain" and name in ("synth0", "bbb0") and box[0]:
                     top, left, bottom, right_ = found
                     peer_box = given.y[0][peer[0]:peer[2], peer[1]:peer[3]]
                     tiles = [("before", given.y[0]), ("cropdetect", _framed(peer_box, given.y[0].shape)),
@@ -212,7 +212,7 @@ def _texts(bench: Bench) -> list[Row]:
                 continue
             ours, peer = to_clip(outcome.film).y, _delogo(given, where)
             fills[kind].append(tuple(psnr(y, clip.y, changed) for y in (ours, given.y, peer)))
-            if bench.pictures and kind == "text" and name in ("synth0", "bikes77"):
+            if bench.pictures and kind == "text" and name in ("synth0", "bbb0"):
                 cut = np.s_[20, max(where[0] - 30, 0):where[2] + 30, max(where[1] - 10, 0):where[3] + 10]
                 tiles = (("before", given.y), ("delogo", peer), ("ours", ours), ("truth", clip.y))
                 sheet(bench.pictures / "text.png", [(word, y[cut]) for word, y in tiles])

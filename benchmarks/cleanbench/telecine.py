@@ -4,7 +4,7 @@ import subprocess
 
 import numpy as np
 
-from benchmarks.cleanbench.common import Bench, Row, mean, sheet, through_filters
+from cleanbench.common import Bench, Row, mean, sheet, through_filters
 from data_tools import blend, degrade, film, telecine
 from data_tools.film import Clip
 from data_tools.measure import matched, psnr
@@ -78,7 +78,7 @@ def pulldowns(bench: Bench) -> list[Row]:
                     got[key].append(quality(out, clip, len(ideal)))
             path = matched(ours.y, clip.y)
             combed += sum(_teeth(a) > 2 * _teeth(clip.y[i]) + 20 for a, i in zip(ours.y, path, strict=True))
-            if bench.pictures and crf and name == "bikes31":
+            if bench.pictures and crf and name == "bbb0":
                 _sheet(bench, bad, peer, ours, clip)
         if not got["ours"]:
             continue
@@ -126,7 +126,7 @@ def mixes(bench: Bench) -> list[Row]:
                 found_all += 1
                 out = film.to_clip(blend.repair(shown, found))
                 after.append(mean(psnr(y, clip.y[i]) for y, i in zip(out.y, matched(out.y, clip.y), strict=True)))
-                if bench.pictures and not crf and name == "bikes31" and rate == 30:
+                if bench.pictures and not crf and name == "bbb0" and rate == 30:
                     at = int(np.abs(law[:, 1] - 0.5).argmin())
                     crop = np.s_[60:220, 200:420]
                     tiles = (bad.y[at], bad.y[at], out.y[int(law[at, 0])], clip.y[int(law[at, 0])])

@@ -4,7 +4,7 @@ import subprocess
 
 import numpy as np
 
-from benchmarks.cleanbench.common import Bench, Row, mean, sheet
+from cleanbench.common import Bench, Row, mean, sheet
 from data_tools import degrade, film, timing
 from data_tools.film import Clip
 from data_tools.measure import f1
@@ -67,7 +67,7 @@ def score(bench: Bench) -> list[Row]:
                 peer.append(other if other is not None else np.zeros(len(bad.y), bool))
                 true.append(np.append(False, np.diff(shown) == 0))
                 counted.append(moves(clip, shown))
-                if bench.pictures and family == "bikes" and crf == 23 and number == 0:
+                if bench.pictures and family == "bbb" and crf == 23 and number == 0:
                     _sheet(bench, bad, found[-1], true[-1])
                 bad, shown = degrade.mistimed(clip, 2000 + number, repeats=0.0)
                 bad = degrade.coded(bad, crf) if crf else bad

@@ -160,7 +160,7 @@ def _repaired(bench: Bench) -> list[Row]:
             peer = through_filters(given, f"bwdif=mode=send_frame:parity={order}")
             top = truth.y.shape[1] - 50 if kind == "hybrid" else truth.y.shape[1]  # the title is not in the truth
             gains.append((_quality(out, truth, top), _quality(peer, truth, top)))
-            if bench.pictures is not None and family == "bikes" and name == "bikes0":
+            if bench.pictures is not None and name == "bbb0":
                 shown = measure.matched(out.y, truth.y)[len(out.y) // 2]
                 near = measure.matched(peer.y, truth.y).index(shown)
                 box = np.s_[-120:, 200:440]
