@@ -5,7 +5,8 @@ A converter from 24 to 30 pictures a second, say, gives y_j = (1 - w) x_i + w x_
 columns of W) are 0 for the right ratio and phase, whatever the film shows, and only for these. That is the whole detector: over
 windows of pictures, the energy tr(N' G N) of these combinations, G being the inner products of the pictures' moving pixels, for
 each ratio and phase; a true one falls far below the other phases of its ratio. Still pictures, repeats, ghosts and fades give no
-such fall.
+such fall; motion that slows down may. So the same is asked of every place where two pictures are mixed half and half: quick
+changes are missing there, and must be there both a while before and a while after.
 The repair is the best linear estimate of x (least squares with a little shrinking), which is well conditioned: mixes near a clean
 picture are unmixed with it, and half-and-half mixes from both sides.
 """
@@ -27,12 +28,15 @@ RATIOS = {"24/30": Fraction(4, 5), "24/25": Fraction(24, 25), "25/30": Fraction(
           "25/29.97": Fraction(5, 6) / _NTSC, "23.976/25": Fraction(24, 25) * _NTSC, "18/24": Fraction(3, 4),
           "18/25": Fraction(18, 25), "16/24": Fraction(2, 3), "16/25": Fraction(16, 25), "15/24": Fraction(5, 8),
           "15/25": Fraction(3, 5)}
-WINDOW, LEAST = 52, 24  # pictures that are judged together; fewer than the second cannot be
+WINDOW, LEAST = 52, 24  # pictures that are judged together, from every half of it on; fewer than the second cannot be
 PHASES, FINE = 16, 256  # steps of the phase when looking for it, and in the end
 SAMPLES, MOVING = 40_000, 0.1  # pixels looked at; the share of them that counts: where most moves
 STILL = 2.0  # levels squared: below this the pixels that move most hardly do
 FALL, FEW = 4.0, 7  # how far the energy of the right phase lies below that of others, and the more for few combinations
 AGREE = 0.8  # the share of windows with motion in which it has to
+REACH = 13  # pictures around one that is half and half
+ROUNDING = 0.3  # levels squared: what 8 bits leave of nothing
+EVIDENCE = 4.0  # sum over such places of the log of how far their energy lies below that before and after
 SHRINK = 0.01  # noise over signal, for the estimate; a mix of less than CLEAN of another picture is taken as it is
 CLEAN = 1 / 128
 
@@ -99,7 +103,7 @@ def analyse(film: Film) -> Found | None:
     each = np.minimum(usual, local) / (np.array(right) + 1e-3)
     fall, agree = float(np.exp(np.mean(np.log(each)))), float(np.mean(each > FALL))
     count = sum(_empty(ratio, 0.0, len(gram)).shape[1] for _, gram in moving)  # fewer combinations may be small by chance
-    if fall < FALL * (1 + FEW / max(count, 1)) or agree < AGREE:
+    if fall < FALL * (1 + FEW / max(count, 1)) or agree < AGREE or sum(_dips(moving, ratio, phase).values()) < EVIDENCE:
         return None
     return Found(name, phase % 1.0, fall, agree)
 
@@ -107,15 +111,15 @@ def analyse(film: Film) -> Found | None:
 def _grams(film: Film) -> Iterator[tuple[int, np.ndarray]]:
     """(number of the first picture, inner products [n n] of the moving pixels, a pixel) of windows; the last one may overlap."""
     held: deque[np.ndarray] = deque(maxlen=WINDOW)
-    count, given = 0, 0
+    count, last = 0, 0
     for picture in film:
         h, w = picture.y.shape
         held.append(picture.y[::max(1, round(h * w / 2 / SAMPLES)), ::2].ravel())
         count += 1
-        if count - given == WINDOW:
-            yield given, _gram(held)
-            given = count
-    if count > given and len(held) >= LEAST:
+        if len(held) == WINDOW and count - last >= WINDOW // 2:
+            yield count - WINDOW, _gram(held)
+            last = count
+    if count > last and len(held) >= LEAST:
         yield count - len(held), _gram(held)
 
 
@@ -149,6 +153,36 @@ def _local(gram: np.ndarray, ratio: float, phase: float) -> float:
     curve = np.array([bend @ gram[i - 1:i + 2, i - 1:i + 2] @ bend / 6 for i in range(1, len(gram) - 1)])
     weight = np.square(empty[1:-1]).sum(1)
     return float(weight @ curve / max(weight.sum(), 1e-6))
+
+
+def _dips(moving: list[tuple[int, np.ndarray]], ratio: float, phase: float) -> dict[int, float]:
+    """By the number of the picture that is mixed half and half, as it is once in 1 / (1 - ratio) pictures: log of how far the
+    energy of what must be 0 around it lies below that of the same combinations some pictures before and after, the lesser one."""
+    found, nearest = {}, {}
+    aside = next(k for k in range(1, 1000) if 0.3 <= k * (1 - ratio) % 1 <= 0.7)  # from there on pictures are clean again
+    for start, gram in moving:
+        place = (phase + ratio * start) % 1.0
+        for turn in range(math.ceil(len(gram) * (1 - ratio)) + 1):
+            at = round((turn - 0.5 + place) / (1 - ratio))
+            first = at - REACH // 2
+            if first < aside or first + aside + REACH > len(gram):
+                continue
+            empty = _nearly_empty(ratio, round((place + ratio * first) * FINE) % FINE / FINE)
+            right, before, after = (((gram[i:i + REACH, i:i + REACH] @ empty) * empty).sum() / empty.shape[1]
+                                    for i in (first, first - aside, first + aside))
+            middle = abs(at - len(gram) / 2)
+            if middle < nearest.get(start + at, math.inf):  # of two windows, the one that shows it in its middle
+                nearest[start + at] = middle
+                found[start + at] = math.log((min(before, after) + ROUNDING) / (right + ROUNDING))
+    return found
+
+
+@lru_cache(4096)
+def _nearly_empty(ratio: float, phase: float) -> np.ndarray:
+    """N [REACH k], orthonormal: the combinations of a few pictures that the law makes nearly 0, at least one."""
+    basis, values, _ = np.linalg.svd(_matrix(ratio, phase, np.arange(REACH))[0])
+    small = int((values < 0.05).sum()) + max(0, REACH - len(values))
+    return basis[:, -max(small, 1):]
 
 
 def _falls(gram: np.ndarray, ratio: float, start: int) -> np.ndarray:
