@@ -45,7 +45,6 @@ def main() -> int:
     if args.fetch:
         for missing in common.fetch():
             print(f"could not be fetched: {missing}")
-    held = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"parts": {}}
     bench = common.Bench(args.quick, None if args.quick else ROOT / "docs" / "clean")
     for part in args.parts or PARTS:
         before = time.process_time()
@@ -57,6 +56,7 @@ def main() -> int:
             continue
         about = facts()
         about["versions"] |= {name: version(name) for name in ("av", "opencv-python-headless")}
+        held = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"parts": {}}  # another process may do other parts
         held["parts"][part] = about | {"process_s": round(time.process_time() - before), "rows": rows}
         write(RESULTS, held)
     return 0
