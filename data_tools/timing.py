@@ -23,7 +23,9 @@ NOISE = 0.06  # levels, mean of a picture: a change below it says nothing
 FLOOR = 0.05  # ratios below this say no more
 # Weights of the log odds, tuned on procedural scenes and films that the bench does not test with
 REPEAT = (2.8, 4.0, 0.5)  # change beside the usual one; place between the pictures before and after; what has to be exceeded
-JUMP = (3.6, 1.5, 1.0, 3.8)  # change beside the next ones, in double steps; in cells; unevenness around; what has to be exceeded
+JUMP = (2.7, 1.6, 2.0, 5.8)  # change beside the next ones, in double steps; beside all, by their unevenness; that; to exceed
+ENOUGH = 1.2  # double steps: more of a change than one says no more
+EVEN = 0.1  # log: steps differ by so much in the evenest motion
 GAP, SURER = 1.5, 2.0  # a time step so many times the usual one is a gap, and makes a jump surer by so much
 DOUBLE = (0.3, 0.6)  # log of how much more two steps change than one, at least and most
 CUT = 1.6  # a change so many times that of any two steps around is a new shot
@@ -187,9 +189,10 @@ def _jump_odds(step: _Step, near: list[_Step]) -> tuple[float, int]:
             double = np.clip(np.log(two / one), *DOUBLE)  # what a double step would add: little in fast motion
             beside.append(np.log(step.change / pair[0].change) / double)
             beyond.append((step.change - one) / max(two - one, 0.05 * one))
-    usual = np.median([other.cells for other in others if abs(near.index(other) - here) < BESIDE], 0)
-    cells = _log(_quantile((step.cells + NOISE) / (usual + 5 * NOISE), usual + 1e-6, 0.75))
     uneven = float(np.std([np.log(other.change) for other in others]))
+    close = max(other.change for other in others if abs(near.index(other) - here) < BESIDE)
+    apart = np.clip(np.log(step.change / close) / (uneven + EVEN), -4, 6)
     usually = float(np.median([other.span_s for other in others]))
-    odds = JUMP[0] * np.mean(beside) + JUMP[1] * cells - JUMP[2] * uneven - JUMP[3] + SURER * (step.span_s > GAP * usually)
+    doubles = np.clip(np.mean(beside), -1, ENOUGH)
+    odds = JUMP[0] * doubles + JUMP[1] * apart + JUMP[2] * uneven - JUMP[3] + SURER * (step.span_s > GAP * usually)
     return float(odds), max(1, round(float(np.mean(beyond))))
