@@ -27,9 +27,6 @@ BLOCKY = 1.35  # steps at the edges of blocks over those inside, from which on e
 FELT = 0.5  # levels that they must be higher by
 CONTOUR = 30.0  # levels: higher steps are the picture's own
 RAMP = (1 / 16, 0.15, 0.375, -0.375, -0.15, -1 / 16)  # of the step that the pixels beside an edge are moved by
-FELT = 0.5  # levels that they must be higher by
-CONTOUR = 30.0  # levels: higher steps are the picture's own
-RAMP = (1 / 16, 0.15, 0.375, -0.375, -0.15, -1 / 16)  # of the step that the pixels beside an edge are moved by
 
 
 @dataclass(frozen=True)
