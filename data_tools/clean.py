@@ -33,11 +33,11 @@ import torch
 from pebble import ProcessExpired, ProcessPool  # of the extra [data]; a worker that dies or hangs costs one clip
 from tqdm import tqdm
 
-from data_tools import bars, manifest, networks, overlay, probe, restore, stage, ticker
+from data_tools import bars, fill, manifest, networks, overlay, probe, restore, stage, ticker
 from data_tools import film as films
 from data_tools.deinterlace import deinterlace
 from data_tools.film import Film
-from data_tools.stage import Edit, Outcome
+from data_tools.stage import Outcome
 from latte import video
 from latte.clips import VIDEO_SUFFIXES
 
@@ -53,6 +53,15 @@ class Settings:
     crf: int = 14  # quality of written clips
     held_mib: int = 600  # decoded pictures that may be kept, twice
 
+    def __post_init__(self):
+        """Raises ValueError for what no clip can be cleaned with: once, not once for each clip."""
+        for name, known in (("grade", fill.GRADES), ("rate", fill.RATES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; it is one of {', '.join(known)}")
+        if self.held_mib < 0:
+            raise ValueError(f"held_mib: {self.held_mib} MiB of pictures cannot be kept; 0 keeps none")
+        films.check_crf(self.crf)
+
 
 def clean(film: Film, settings: Settings, scratch: Path | None = None) -> Outcome:
     """Runs all stages. The verdict is de-interlacing's; edits, notes and findings are of all stages in turn.
@@ -61,8 +70,8 @@ def clean(film: Film, settings: Settings, scratch: Path | None = None) -> Outcom
     """
     done = Outcome(film, "progressive", 0.0)
 
-    def run(name: str, function, *arguments: Any, **options: Any) -> Outcome:
-        outcome = function(done.film, *arguments, **options)
+    def run(name: str, step: Callable[..., Outcome], /, *arguments: Any, **options: Any) -> Outcome:
+        outcome = step(done.film, *arguments, **options)
         done.edits += outcome.edits
         done.notes += [f"{name}: {note}" for note in outcome.notes]
         done.found[name] = outcome.found | {"verdict": outcome.verdict, "confidence": outcome.confidence}
@@ -74,7 +83,7 @@ def clean(film: Film, settings: Settings, scratch: Path | None = None) -> Outcom
 
     fields = run("deinterlace", deinterlace, grade=settings.grade, rate=settings.rate)
     done.verdict, done.confidence = fields.verdict, fields.confidence
-    run("restore", restore.restore, _shot(fields.edits))
+    run("restore", restore.restore, _shot(fields))
     if settings.overlays:
         run("bars", bars.bars)
         run("ticker", ticker.ticker)
@@ -87,14 +96,12 @@ def clean(film: Film, settings: Settings, scratch: Path | None = None) -> Outcom
     return done
 
 
-def _shot(edits: list[Edit]) -> tuple[int, ...]:
+def _shot(fields: Outcome) -> tuple[int, ...]:
     """Which lines of a film that was de-interlaced as a whole, in one order, were shot: see dropout.Watch."""
-    ways = {(edit.settings["order"], edit.settings["rate"]) for edit in edits if edit.step == "deinterlace"}
-    if len(ways) != 1 or len(edits) != 1:
+    if len(fields.found["segments"]) != 1 or [edit.step for edit in fields.edits] != ["deinterlace"]:
         return ()
-    ((order, rate),) = ways
-    first = 0 if order == "tff" else 1
-    return (first,) if rate == "frame" else (first, 1 - first)
+    first = 0 if fields.edits[0].settings["order"] == "tff" else 1
+    return (first,) if fields.edits[0].settings["rate"] == "frame" else (first, 1 - first)
 
 
 @contextmanager
@@ -110,31 +117,36 @@ def clean_rows(rows: list[dict[str, Any]], folder: Path, out: Path, settings: Se
     """Cleans the clips of a manifest whose paths start at `folder`; gives its rows as they are for a manifest in `out`.
 
     out/clips/ID.mp4 are the repaired clips, out/rows/ID.json what became of every clip that was looked at, with its report.
-    job: what a worker does with a row; `clean_row` unless given.
+    job: what a worker does with a row; `clean_row` unless given. Raises ValueError for less than one worker.
     """
+    if workers < 1:
+        raise ValueError(f"workers: {workers} cannot do any work; give 1 or more")
     for name in ("clips", "rows"):
         (out / name).mkdir(parents=True, exist_ok=True)
     key = hashlib.sha256(repr((stage.VERSION, settings)).encode()).hexdigest()[:16]
     todo = [row for row in rows if not row.get("dropped") and _finished(row, out, key) is None]
     context = multiprocessing.get_context("forkserver")  # threads of this process would not survive a plain fork
-    context.set_forkserver_preload(["data_tools.clean"])
+    context.set_forkserver_preload(["data_tools.deinterlace", "data_tools.restore", "data_tools.overlay"])
     pool = ProcessPool(max_workers=workers, max_tasks=64, initializer=_one_thread, context=context)
     try:
         with tqdm(total=len(rows), initial=len(rows) - len(todo), desc="clean", unit=" clips", disable=None) as bar:
             jobs = [(row, pool.schedule(job or clean_row, (row, folder, out, settings, key), timeout=timeout_s)) for row in todo]
             for row, job in jobs:
+                why = None
                 try:
                     job.result()
                 except Overdue:
-                    _finish(row, out, key, {"dropped": f"cleaning took longer than {timeout_s:g} s"})
+                    why = f"cleaning took longer than {timeout_s:g} s"
                 except ProcessExpired as error:
-                    _finish(row, out, key, {"dropped": f"cleaning ended its process (code {error.exitcode})"})
+                    why = f"cleaning ended its process (code {error.exitcode})"
+                if why:
+                    _finish(row, out, key, _moved(row, folder, out) | {"dropped": why})
                 bar.update()
         pool.close()
     finally:
         pool.stop()
         pool.join()
-    return [row if row.get("dropped") else row | _finished(row, out, key)["row"] for row in rows]
+    return [row | (_moved(row, folder, out) if row.get("dropped") else _finished(row, out, key)["row"]) for row in rows]
 
 
 def listed(folder: Path) -> list[dict[str, Any]]:
@@ -162,7 +174,7 @@ def clean_row(row: dict[str, Any], folder: Path, out: Path, settings: Settings, 
     source = folder / row["path"]
     start, end = row.get("start_s") or 0.0, row.get("end_s")
     span = (start, end) if end is not None and not _whole(row) else (0.0, math.inf)
-    changed = {"path": Path(os.path.relpath(source.resolve(), out.resolve())).as_posix()}
+    changed = _moved(row, folder, out)
     try:
         if span == (0.0, math.inf):
             seen = probe.probe(source)
@@ -186,6 +198,11 @@ def clean_row(row: dict[str, Any], folder: Path, out: Path, settings: Settings, 
             changed["dropped"] = f"cleaning failed ({type(error).__name__}: {error})"
             report = {"trace": traceback.format_exc().splitlines()}
     _finish(row, out, key, changed, report)
+
+
+def _moved(row: dict[str, Any], folder: Path, out: Path) -> dict[str, Any]:
+    """Where the row's own file is, seen from `out`; nothing where it has none."""
+    return {"path": Path(os.path.relpath((folder / row["path"]).resolve(), out.resolve())).as_posix()} if row.get("path") else {}
 
 
 def _whole(row: dict[str, Any]) -> bool:
@@ -233,9 +250,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=meaning)
     parser.add_argument("--no-overlays", dest="overlays", action="store_false", help="look for no bars, tickers or burned text")
     args = parser.parse_args(argv)
-    settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
         if args.source.is_dir() or args.source.suffix == ".parquet":
             return _many(args, settings)
         with cleaned(args.source, settings) as (started, outcome):

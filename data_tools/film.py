@@ -215,8 +215,9 @@ def write(path: str | Path, film: Film, crf: int = 14, preset: str = "veryfast")
     """Writes a film as an H.264 yuv420p mp4 with its own times, upright; an odd last line or column is left off.
 
     crf 0 is lossless. The same film gives the same bytes. The file appears under its name when it is whole. Returns the number of
-    pictures. Raises ValueError when there is none or the sides are below 2 pixels.
+    pictures. Raises ValueError when there is none, the sides are below 2 pixels or crf is none.
     """
+    check_crf(crf)
     kind, count, stream = film.kind, 0, None
     aspect = 1 / kind.aspect if kind.turns % 2 else kind.aspect
     options = {"movflags": "+faststart", "fflags": "+bitexact"}
@@ -241,6 +242,12 @@ def write(path: str | Path, film: Film, crf: int = 14, preset: str = "veryfast")
             raise ValueError(f"{path}: there is no picture to write")
         container.mux(stream.encode())
     return count
+
+
+def check_crf(crf: int) -> None:
+    """Raises ValueError for what x264 knows no quality by."""
+    if not 0 <= crf <= 51:
+        raise ValueError(f"crf: {crf} is out of range; 0 is lossless, 14 close to it, 51 the worst")
 
 
 def frames(path: str | Path, problems: Counter, near: int | None = None) -> Iterator[av.VideoFrame]:

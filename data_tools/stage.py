@@ -86,6 +86,7 @@ def main(stage: Callable[..., Outcome], parser: argparse.ArgumentParser, argv: l
     options = vars(parser.parse_args(argv))
     source, out, report, crf = (options.pop(name) for name in ("source", "out", "report", "crf"))
     try:
+        films.check_crf(crf)
         film = watched(films.read(source), f"{stage.__name__} {source.name}")
         outcome = stage(film, **options)
         finish(source, outcome, film, out, report, crf)

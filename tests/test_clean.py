@@ -148,6 +148,28 @@ def test_a_span_of_a_file_is_cleaned_alone(clips, tmp_path):
 def test_bad_words_are_refused(folder, tmp_path, capsys):
     for words, reason in (((folder,), "--out: name the folder"), ((tmp_path / "none.mp4",), "no such video file"),
                           ((folder / "plain.mp4", "--grade", "finest"), "finest"),
-                          ((folder / "plain.mp4", "--rate", "fields"), "fields")):
+                          ((folder / "plain.mp4", "--rate", "fields"), "fields"),
+                          ((folder / "plain.mp4", "--crf", "-5"), "crf: -5"),
+                          ((folder, "--out", tmp_path / "out", "--workers", "0"), "workers: 0"),
+                          ((folder, "--out", tmp_path / "out", "--grade", "finest"), "finest")):
         assert clean.main([str(word) for word in words]) == 1
         assert reason in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("*.json"))
+
+
+def test_dropped_rows_keep_finding_their_files(folder, tmp_path):
+    rows = [{"id": "a", "path": "plain.mp4", "dropped": "too dull"}, {"id": "b", "dropped": "no file"}]
+    first, second = clean.clean_rows(rows, folder, tmp_path / "out", FAST)
+    assert (tmp_path / "out" / first["path"]).resolve() == folder / "plain.mp4"
+    assert (first["dropped"], second) == ("too dull", rows[1])
+
+
+def test_the_chain_takes_a_function_of_the_user(clips):
+    outcome = clean.clean(film.from_clip(clips["still"]), clean.Settings(overlays=False, network="numpy:copy"))
+    assert [edit.step for edit in outcome.edits] == ["network"]
+
+
+def test_lines_are_known_to_be_shot_only_where_all_of_a_film_was_woven(clips):
+    both = Clip(*(np.concatenate([a, b]) for a, b in zip(clips["plain"][:3], clips["woven"][:3], strict=True)), np.arange(80) / 25)
+    for clip, shot in ((clips["woven"], (0, 1)), (both, ()), (clips["plain"], ())):
+        assert clean._shot(clean.deinterlace(film.from_clip(clip), rate="field")) == shot
