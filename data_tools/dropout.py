@@ -103,7 +103,7 @@ class Plane:
     """A luma plane, and where it is like nothing a camera gives; computed when asked for."""
 
     def __init__(self, y: np.ndarray, shot: int | None = None):
-        self.y, self.shot = y, shot
+        self.y, self.shot = np.ascontiguousarray(y), shot  # the search for motion takes no views of larger pictures
 
     @cached_property
     def unnatural(self) -> np.ndarray:

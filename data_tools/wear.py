@@ -22,6 +22,7 @@ WANDER = 0.1  # least share of the pictures between which it goes left, and as m
 REACH = 4  # columns that it moves at most between two pictures
 ROUGHER = 2.5  # lines at the foot over those above, by how rough they are from column to column, and ROUGH_LEVELS more
 ROUGH_LEVELS = 6.0
+RESTLESS = 0.4  # least change of the foot from look to look, as a share of how rough it is: letters stay
 FOOT = 1 / 16  # share of the lines that the foot can be at most
 
 
@@ -105,23 +106,26 @@ class FootWatch:
     """Measures how rough the lowest lines of a film's pictures are. every: how many pictures apart. Memory: some numbers a look."""
 
     def __init__(self, every: int = 8):
-        self.every, self.seen, self.rough = every, 0, []
+        self.every, self.seen, self.rough, self.change, self.last = every, 0, [], [], None
 
     def add(self, plane: np.ndarray) -> None:
         """The next picture's luma [h w] uint8."""
         if self.seen % self.every == 0 and min(plane.shape) >= 32:
             lines = plane[-max(int(4 * FOOT * len(plane)), 8):].astype(np.int16)
             self.rough.append(np.abs(2 * lines[:, 1:-1] - lines[:, :-2] - lines[:, 2:]).mean(1, dtype=np.float32))
+            if self.last is not None and self.last.shape == lines.shape:
+                self.change.append(np.abs(lines - self.last).mean(1, dtype=np.float32))
+            self.last = lines
         self.seen += 1
 
     def found(self) -> int:
         """How many lines at the foot are torn; 0 when none are."""
-        if len(self.rough) < 3 or len({len(lines) for lines in self.rough}) > 1:
+        if len(self.rough) < 3 or len(self.change) != len(self.rough) - 1:
             return 0
         rough = np.percentile(self.rough, 20, axis=0)  # nearly all pictures have to show it
         most = len(rough) // 4
         base = float(np.median(rough[:len(rough) // 2]))
-        torn = rough > ROUGHER * base + ROUGH_LEVELS
+        torn = (rough > ROUGHER * base + ROUGH_LEVELS) & (np.percentile(self.change, 20, axis=0) > RESTLESS * rough)
         count = len(torn) if torn.all() else int(np.argmin(torn[::-1]))
         above = np.percentile(self.rough, 80, axis=0)[:len(rough) - count][-2:]
         return count if 2 <= count <= most and (above < ROUGHER * base + ROUGH_LEVELS).all() else 0
@@ -133,6 +137,6 @@ def footless(film: Film, lines: int) -> Film:
     height = film.kind.height
 
     def cut(pictures: Iterator[Picture]) -> Iterator[Picture]:
-        return (picture.each(lambda plane: plane[:len(plane) * (height - gone) // height]) for picture in pictures)
+        return (picture.each(lambda plane: plane[:-(-len(plane) * (height - gone) // height)]) for picture in pictures)
 
     return film.through(cut, height=height - gone)

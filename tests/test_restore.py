@@ -171,6 +171,9 @@ def test_a_torn_foot_is_cut_off_to_an_even_number_of_lines():
     made = to_clip(film)
     assert film.kind.height == 172 and made.u.shape[1:] == (86, 160)
     assert np.array_equal(made.y, clip.y[:, :172])
+    letters = clip._replace(y=clip.y.copy())
+    letters.y[:, -6:] = damaged.y[0, -6:]  # as rough, but they stay
+    assert not watched(wear.FootWatch(), letters).found()
 
 
 def test_flicker_is_taken_out_and_fades_are_not():
