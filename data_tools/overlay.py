@@ -5,8 +5,10 @@
 Looks at windows of pictures. In their mean the moving scene is smeared, and with it all text that belongs to it; what was drawn
 over it stays sharp, and is found and read there by OCR (PP-OCR through rapidocr). Text counts as burned in when the scene moves
 between its strokes and they do not, or when it comes or goes while the scene around it stays: a sign on a wall does neither.
-Then, whichever is possible first: cut off an edge (CUT of the picture at most), fill the strokes (A. Telea, An image inpainting
-technique, 2004), or drop the clip. Filling is proved by looking for the text again. Needs rapidocr and onnxruntime.
+Then, whichever is possible first: cut off an edge (CUT of the picture at most), or fill the strokes (A. Telea, An image inpainting
+technique, 2004). How wrong filling is can be measured: the same strokes are laid over areas beside the text, whose truth is known,
+and filled there. Text that hides no more than that (see-through logos) stays as it is, with a note. Text that covers too much, or
+can still be read after filling, drops the clip. Needs rapidocr and onnxruntime.
 """
 
 import argparse
@@ -38,6 +40,7 @@ REACH = (2, 5, 9)  # pictures before and after one that may show what its text h
 AROUND = 32  # pixels around the text by which pictures are aligned
 FITS = 10.0  # levels by which they may differ there
 LARGEST = 0.25  # share of the picture whose strokes may be filled
+WORTH = 3.0  # what filling changes, in squared levels, over how wrong it is beside the text; 2 would be even, 3 is 3 dB
 
 
 class Box(NamedTuple):
@@ -80,7 +83,7 @@ class Track(NamedTuple):
 
 
 def overlay(film: Film) -> Outcome:
-    """Removes burned text. Verdict: `nothing to do`, `cropped`, `filled` or `dropped`. Raises ValueError without an OCR engine."""
+    """Removes burned text. Verdict: `nothing to do`, `cropped`, `filled`, `left` or `dropped`; ValueError without an OCR engine."""
     tracks, windows = find(film)
     if not tracks:
         return Outcome(film, "nothing to do", 1.0)
@@ -91,16 +94,24 @@ def overlay(film: Film) -> Outcome:
     if box is not None:
         place = {"top": box.top, "left": box.left, "bottom": box.bottom, "right": box.right}
         return Outcome(bars.crop(film, bars.Box(*box)), "cropped", confidence, [Edit("crop text", place, confidence)], found=found)
-    if max(track.box.area() for track in tracks) <= LARGEST * film.kind.width * film.kind.height:
-        filled = film.through(lambda pictures: _filled(pictures, tracks))
-        left = [track.text for track in find(filled)[0] if any(track.box.shared(old.box) > 0.3 for old in tracks)]
-        if not left:
-            settings = {"texts": [{"box": list(track.box), "first": track.first, "last": track.last} for track in tracks]}
-            return Outcome(filled, "filled", confidence, [Edit("fill text", settings, confidence)], found=found)
-        reason = f"burned text stays readable after filling ({left[0]!r})"
-    else:
+    if max(track.box.area() for track in tracks) > LARGEST * film.kind.width * film.kind.height:
         reason = "burned text covers too much to be filled"
-    return Outcome(film, "dropped", confidence, notes=[reason], found=found, dropped=reason)
+        return Outcome(film, "dropped", confidence, notes=[reason], found=found, dropped=reason)
+    worth = _worth(film, tracks)
+    for text, share in zip(found["texts"], worth, strict=True):
+        text["worth"] = round(share, 2)
+    notes = [f"burned text {track.text!r} stays: filling it could not be shown to be better"
+             for track, share in zip(tracks, worth, strict=True) if share < WORTH]
+    sure = [track for track, share in zip(tracks, worth, strict=True) if share >= WORTH]
+    if not sure:
+        return Outcome(film, "left", confidence, notes=notes, found=found)
+    filled = film.through(lambda pictures: _filled(pictures, sure))
+    left = [track.text for track in find(filled)[0] if any(track.box.shared(old.box) > 0.3 for old in sure)]
+    if left:
+        reason = f"burned text stays readable after filling ({left[0]!r})"
+        return Outcome(film, "dropped", confidence, notes=[reason], found=found, dropped=reason)
+    settings = {"texts": [{"box": list(track.box), "first": track.first, "last": track.last} for track in sure]}
+    return Outcome(filled, "filled", confidence, [Edit("fill text", settings, confidence)], notes, found)
 
 
 # Windows
@@ -272,6 +283,50 @@ def _cut(film: Film, tracks: list[Track], windows: int) -> Box | None:
     bottom, right = ((side - margin) // 2 * 2 if side < full else side for side, full in zip(sides[2:], (h, w), strict=True))
     box = Box(top, left, bottom, right)
     return box if box.area() >= (1 - CUT) * h * w else None
+
+
+def _worth(film: Film, tracks: list[Track]) -> list[float]:
+    """For each track, the squared change that filling makes over its squared error in areas beside the text; 0 without such areas.
+
+    With strokes d away from the truth and a fill that is e away from it, independently, the change is d + e and a gain means d > e.
+    The areas are filled in the film whose text is filled already, so that it leads nothing astray there.
+    """
+    filled = film.through(lambda pictures: _filled(pictures, tracks))
+    changed, errors = _changes(film, filled, tracks), [[] for _ in tracks]
+    beside = [_beside(track, tracks, film) for track in tracks]
+    for k in range(4):
+        at = [i for i, places in enumerate(beside) if k < len(places)]
+        trial = [beside[i][k] for i in at]
+        if trial:
+            tried = _changes(filled, filled.through(lambda pictures, trial=trial: _filled(pictures, trial)), trial)
+            for i, error in zip(at, tried, strict=True):
+                errors[i].append(error)
+    return [change / max(float(np.mean(error)), 1.0) if error else 0.0 for change, error in zip(changed, errors, strict=True)]
+
+
+def _beside(track: Track, tracks: list[Track], film: Film) -> list[Track]:
+    """The track moved to the places above, below, left and right of it that lie in the picture and show no text."""
+    h, w = film.kind.height, film.kind.width
+    box, gap = track.box, 8
+    down, across = ((side + gap + 1) // 2 * 2 for side in (box.bottom - box.top, box.right - box.left))
+    moved = [Box(box.top + y, box.left + x, box.bottom + y, box.right + x)
+             for y, x in ((-down, 0), (down, 0), (0, -across), (0, across))]
+    free = [one for one in moved if one.top >= 0 and one.left >= 0 and one.bottom <= h and one.right <= w
+            and all(one.shared(other.box.grown(gap // 2, h, w)) == 0 for other in tracks)]
+    return [track._replace(box=one) for one in free]
+
+
+def _changes(film: Film, other: Film, tracks: list[Track]) -> list[float]:
+    """Mean squared difference of two films' luma within the strokes of each track."""
+    total, count = np.zeros(len(tracks)), np.zeros(len(tracks))
+    for i, (picture, changed) in enumerate(zip(film, other, strict=True)):
+        for k, track in enumerate(tracks):
+            mask = _mask(picture.y, i, [track]) if track.first <= i <= track.last else None
+            if mask is not None:
+                there = mask > 0
+                total[k] += float(np.square(picture.y[there].astype(np.float32) - changed.y[there]).sum())
+                count[k] += there.sum()
+    return [float(mean) for mean in total / np.maximum(count, 1)]
 
 
 class _Marked(NamedTuple):

@@ -29,6 +29,7 @@ FASTEST = 40.0  # pixels a picture
 RUN, MARGIN = 128, 16  # pictures that share one strip, and those before and after that only help to make it
 SHORT = 48  # pictures of a run on which laws are tried
 RATIOS = (4 / 5, 5 / 6, 24 / 25, 2 / 5, 1 / 2, 6 / 5, 25 / 24, 2 / 3, 5 / 4)  # source pictures a picture, of usual conversions
+STEADY = 0.3  # how well the worst third of a band's width has to fit itself before any law is tried
 FITS = 0.94  # share of the band's variance that a law has to explain
 LEAST, WHOLE = 0.4, 0.97  # below and above these shares of a plain law no other one is tried
 ALIEN = 60.0  # squared levels: lines that the law misses by more belong to the scene
@@ -128,7 +129,7 @@ def _bands(lines: np.ndarray) -> list[tuple[float, Band]]:
         if 3 <= last - first <= 0.25 * g:
             band = Band(max(first - 1, 0) * GROUP, min(last + 1, g) * GROUP, float(speeds[k]))
             out.append((_throughout(lines[:, first:last], speeds[k:k + 1]), band))
-    return out
+    return [(strength, band) for strength, band in out if strength > STEADY]
 
 
 def _throughout(lines: np.ndarray, speed: np.ndarray) -> float:
@@ -205,7 +206,11 @@ def _law(lines: np.ndarray, band: Band, own: int) -> Law | None:
     inner = lines[:, GROUP:-GROUP]
     sample = inner[:, ::max(len(inner[0]) // 8, 1)].astype(np.float32)
     short = sample[:SHORT]
-    plain = _tuned(short, Law("clean", _speed(sample, band.speed)), 0.03)
+    few = sample[:2 * LOOK, ::2]
+    speed = _speed(few, band.speed, 0.3, (12,))
+    if _explained(few, Law("clean", speed)) < LEAST:
+        return None  # a scene that drifts: most of what the search finds ends here
+    plain = _tuned(short, Law("clean", _speed(sample, speed, 0.075, (30, RUN))), 0.03)
     if LEAST < plain.explained < WHOLE:
         mixed = max((law._replace(explained=_explained(short, law)) for law in _mixing(sample, plain.speed)),
                     key=lambda law: law.explained)
@@ -224,13 +229,12 @@ def _law(lines: np.ndarray, band: Band, own: int) -> Law | None:
     return _woven(lines.astype(np.float32), plain) if plain.explained > FITS else None
 
 
-def _speed(sample: np.ndarray, coarse: float) -> float:
-    """The velocity near `coarse` at which pictures far apart agree."""
+def _speed(sample: np.ndarray, speed: float, span: float, distances: tuple[int, ...]) -> float:
+    """The velocity within `span` of `speed` at which pictures [f r w] at ever larger distances in time agree."""
     soft = cv2.blur(sample.reshape(-1, sample.shape[2]), (5, 1)).reshape(sample.shape)
     steps = np.diff(soft, axis=2)
-    reach = int(min(0.5 * sample.shape[2] / abs(coarse), 0.6 * len(sample)))
-    speed, span = coarse, 0.3
-    for far in (12, 30, reach):  # each step as fine as its distance in time allows; ghosts lie even-handedly around the truth
+    reach = int(min(0.5 * sample.shape[2] / abs(speed), 0.6 * len(sample)))
+    for far in distances:  # each step as fine as its distance in time allows; ghosts lie even-handedly around the truth
         lags = range(max(min(far, reach) - 11, 1), min(far, reach) + 1)
         tried = speed + np.linspace(-span, span, 61)
         speed = float(tried[np.argmax(_agreement(steps, tried, lags).mean(0))])

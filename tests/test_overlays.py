@@ -170,6 +170,28 @@ def test_burned_text_in_the_middle_is_filled():
     assert np.array_equal(out[:, :50], MOVING.y[:, :50])
 
 
+def test_filling_is_worth_it_only_where_text_hides_more_than_filling_spoils(monkeypatch):
+    readable()
+    clip, _ = degrade.captioned(MOVING, "In the middle now", top=0.45)
+    tracks, _ = overlay.find(from_clip(clip))
+    (opaque,), (nothing,) = overlay._worth(from_clip(clip), tracks), overlay._worth(from_clip(MOVING), tracks)
+    assert opaque > overlay.WORTH
+    assert nothing < 2
+    monkeypatch.setattr(overlay, "WORTH", opaque + 1)
+    film = from_clip(clip)
+    outcome = overlay.overlay(film)
+    assert outcome.verdict == "left"
+    assert outcome.film is film
+    assert outcome.dropped is None
+    assert "could not be shown to be better" in outcome.notes[0]
+
+
+def test_see_through_text_stays():
+    readable()
+    film = from_clip(degrade.captioned(degrade.synth(1, 24), "CHANNEL 7", top=0.3, size=0.7, alpha=0.3)[0])
+    assert overlay.overlay(film).film is film
+
+
 @pytest.mark.parametrize("clip", [MOVING, degrade.synth(4, 30, 180, 320, still=True)], ids=["moving", "still"])
 def test_text_of_the_scene_stays(clip):
     readable()
