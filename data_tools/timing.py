@@ -27,7 +27,7 @@ NOISE = 0.06  # levels, mean of a picture: a change below it says nothing
 FLOOR = 0.05  # ratios below this say no more
 # Weights of the log odds, tuned on procedural scenes and films that the bench does not test with
 # Change where usually most is, in most cells, in all; place between the pictures around; change along a longer way; to exceed
-REPEAT = (3.1, -0.8, 1.2, 2.8, 1.1, 1.8)
+REPEAT = (3.1, -0.8, 1.2, 2.8, 1.1, 2.3)
 JUMP = (2.7, 1.6, 2.0, 5.8)  # change beside the next ones, in double steps; beside all, by their unevenness; that; to exceed
 ENOUGH = 1.2  # double steps: more of a change than one says no more
 EVEN = 0.1  # log: steps differ by so much in the evenest motion

@@ -1,9 +1,10 @@
 """Repeats and missing pictures: against known truth."""
 
+import cv2
 import numpy as np
 import pytest
 
-from data_tools import degrade, film, measure, timing
+from data_tools import blend, degrade, film, measure, timing
 from data_tools.film import Clip
 
 
@@ -14,6 +15,14 @@ def scenes() -> list[Clip]:
 
 def found_in(clip: Clip) -> timing.Found:
     return timing.analyse(film.from_clip(clip))
+
+
+def panned(seed: int, speeds: np.ndarray) -> Clip:
+    """A scene that moves to the left by so many pixels a picture."""
+    scene, places = degrade.synth(seed, 1, 180, 400), np.cumsum(speeds)
+    planes = [[cv2.warpAffine(plane[0], np.float32([[1, 0, -x / part], [0, 1, 0]]), (160 // part, 120 // part)) for x in places]
+              for plane, part in zip(scene[:3], (1, 2, 2), strict=True)]
+    return Clip(*map(np.stack, planes), np.arange(len(speeds)) / 25)
 
 
 @pytest.mark.parametrize("crf", [0, 23, 32])
@@ -54,6 +63,26 @@ def test_a_slow_pan_is_no_repeat_and_its_repeats_are():
     found = found_in(slow.take(shown).timed(25))
     assert measure.f1(found.duplicate, np.append(False, np.diff(shown) == 0)) == 1
     assert not found.jumps
+
+
+@pytest.mark.parametrize("uneven", ["sways", "trembles", "random"])
+def test_an_uneven_pace_is_no_damage(uneven):
+    steps = np.arange(54)
+    speeds = {"sways": 3 + 2 * np.sin(0.9 * steps), "trembles": 2 + 1.2 * np.sin(2.1 * steps),
+              "random": 3 + np.random.default_rng(1).uniform(-2, 2, 54)}[uneven]
+    found = found_in(panned(34, speeds))
+    assert not found.duplicate.any() and not found.jumps
+
+
+def test_a_pan_that_slows_down_is_no_mixture():
+    """Its quick changes vanish for good, those of mixed pictures come back."""
+    slowing = 0.3 + 6 / (1 + np.exp((np.arange(54) - 18) / 1.5))
+    for seed in (33, 35):
+        clip = panned(seed, slowing)
+        assert blend.analyse(film.from_clip(clip)) is None
+        assert blend.analyse(film.from_clip(degrade.coded(clip, 23))) is None
+    mixed, _ = degrade.blended(panned(33, np.full(90, 2.5)).timed(24), 25)
+    assert blend.analyse(film.from_clip(mixed)).name == "24/25"
 
 
 def test_clean_still_and_cut_clips_are_left_alone(scenes):
