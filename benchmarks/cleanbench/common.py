@@ -2,12 +2,13 @@
 
 import subprocess
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import av
+import cv2
 import numpy as np
 
 from data_tools import degrade, film
@@ -136,18 +137,14 @@ def mean(values) -> float:
     return float(np.mean(values)) if values else float("nan")
 
 
-def sheet(path: Path, tiles: list[tuple[str, np.ndarray]], zoom: int = 1) -> None:
-    """Writes luma or RGB pictures [h w (3)] of one size side by side with a word under each, as PNG."""
-    import cv2
-    columns = []
+def sheet(path: Path, tiles: list[tuple[str, np.ndarray]], zoom: int = 1, widest: int = 900) -> None:
+    """Writes luma pictures [h w] of one size side by side with a word under each, as PNG; wide ones lose their sides."""
+    columns, most = [], (widest // len(tiles) - 4) // zoom
     for word, picture in tiles:
-        picture = picture if picture.ndim == 3 else picture[..., None].repeat(3, 2)
-        picture = picture.repeat(zoom, 0).repeat(zoom, 1)
-        foot = np.full((22, picture.shape[1], 3), 255, np.uint8)
-        cv2.putText(foot, word, (4, 16), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
-        columns += [np.concatenate([picture, foot]), np.full((picture.shape[0] + 22, 4, 3), 255, np.uint8)]
+        spare = max(picture.shape[1] - most, 0) // 2
+        picture = picture[:, spare:picture.shape[1] - spare].repeat(zoom, 0).repeat(zoom, 1)
+        foot = np.full((22, picture.shape[1]), 255, np.uint8)
+        cv2.putText(foot, word, (4, 16), cv2.FONT_HERSHEY_SIMPLEX, 0.5, 0, 1, cv2.LINE_AA)
+        columns += [np.concatenate([picture, foot]), np.full((picture.shape[0] + 22, 4), 255, np.uint8)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(path), np.concatenate(columns[:-1], 1)[..., ::-1])
-
-
-Part = Callable[[Bench], list[Row]]
+    cv2.imwrite(str(path), np.concatenate(columns[:-1], 1), [cv2.IMWRITE_PNG_COMPRESSION, 9])
