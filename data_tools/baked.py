@@ -38,6 +38,7 @@ MOMENTS = 24  # of a film, at least, when it is long enough; at most twice as ma
 CLOSE = 12  # of these are looked at closely
 TRIALS = 4  # of these are repaired on trial, where a comb was found
 CERTAIN = 2.5  # score of a comb that is one even if no repair of it fits
+LEAST_SLOPE = 0.008  # levels carried for a level of change: clean enlarged pictures carry up to 0.007, by unevenly sharp lines
 LEAST_UP = 0.245  # cycles a line: below, a carrier can only be that of a picture that was shrunk
 CODEC = 1.25  # by how much codecs and uneven motion make a comb seem weaker, typically
 COLUMNS = 240  # at most, of a moment: means of neighbours
@@ -54,13 +55,16 @@ class Found:
     order: str  # tff or bff: of a woven original that was moved by `offset`
     kernel: str  # of the rescale, the likeliest of KERNELS
     offset: float  # lines of the original that it was moved down by before the rescale, -0.5 to 0.5
-    left: float = 0.0  # share of the comb that a repair leaves, tried on some moments; below 0 when it overdoes it
+    left: float = 0.0  # share of the comb that a repair leaves, tried on some moments; below 0 when it adds more than a codec left
     misfit: float = 0.0  # squared error of the repaired fields, woven and rescaled again, against the film, by that of the change
 
     @property
     def fits(self) -> bool:
-        """The gate: whether a repair takes most of the comb away, and what it makes explains the film."""
-        return -0.5 < self.left < 0.75 and self.misfit < 0.2
+        """The gate: whether a repair takes most of the comb away, and what it makes explains the film.
+
+        Codecs weaken a comb more than they mix the fields, so that a repair which adds thrice what is left of it still helps.
+        """
+        return -2 < self.left < 0.75 and self.misfit < 0.2
 
 
 # Detection
@@ -257,8 +261,9 @@ def _heads() -> dict:
 
 
 def score(evidence: Evidence) -> float:
-    """The head's log odds that a carrier is a comb's, less what one clean clip in a hundred passes."""
-    return float(weighed(evidence.features(), _heads()["comb"]))
+    """The head's log odds that a carrier is a comb's, less what one clean clip in a hundred passes; at most 0 for a faint one."""
+    odds = float(weighed(evidence.features(), _heads()["comb"]))
+    return odds if evidence.slope > LEAST_SLOPE else min(odds, 0.0)
 
 
 def weighed(features: np.ndarray, head: dict) -> np.ndarray:

@@ -126,7 +126,7 @@ def test_the_gate_leaves_a_film_whose_repair_does_not_fit(shrunk, found):
 
 def test_a_repair_the_wrong_way_round_does_not_fit(shrunk, found):
     left, _ = baked.tried(baked.moments(shrunk)[:4], 1 / 3, replace(found, order="bff"))
-    assert left < -0.5 or left > 0.75
+    assert left < -2 or left > 0.75
 
 
 def test_moments_are_few_however_long_the_film(pictures):
