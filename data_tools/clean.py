@@ -124,7 +124,7 @@ def clean_rows(rows: list[dict[str, Any]], folder: Path, out: Path, settings: Se
     for name in ("clips", "rows"):
         (out / name).mkdir(parents=True, exist_ok=True)
     key = hashlib.sha256(repr((stage.VERSION, settings)).encode()).hexdigest()[:16]
-    todo = [row for row in rows if not row.get("dropped") and _finished(row, out, key) is None]
+    todo = [row for row in rows if not row.get("dropped") and _finished(row, out, key, timeout_s) is None]
     context = multiprocessing.get_context("forkserver")  # threads of this process would not survive a plain fork
     context.set_forkserver_preload(["data_tools.deinterlace", "data_tools.restore", "data_tools.overlay"])
     pool = ProcessPool(max_workers=workers, max_tasks=64, initializer=_one_thread, context=context)
@@ -132,15 +132,14 @@ def clean_rows(rows: list[dict[str, Any]], folder: Path, out: Path, settings: Se
         with tqdm(total=len(rows), initial=len(rows) - len(todo), desc="clean", unit=" clips", disable=None) as bar:
             jobs = [(row, pool.schedule(job or clean_row, (row, folder, out, settings, key), timeout=timeout_s)) for row in todo]
             for row, job in jobs:
-                why = None
                 try:
                     job.result()
                 except Overdue:
-                    why = f"cleaning took longer than {timeout_s:g} s"
+                    dropped = {"dropped": f"cleaning took longer than {timeout_s:g} s"}
+                    _finish(row, out, key, _moved(row, folder, out) | dropped, {"limit_s": timeout_s})
                 except ProcessExpired as error:
-                    why = f"cleaning ended its process (code {error.exitcode})"
-                if why:
-                    _finish(row, out, key, _moved(row, folder, out) | {"dropped": why})
+                    dropped = {"dropped": f"cleaning ended its process (code {error.exitcode})"}
+                    _finish(row, out, key, _moved(row, folder, out) | dropped)
                 bar.update()
         pool.close()
     finally:
@@ -229,11 +228,12 @@ def _finish(row: dict[str, Any], out: Path, key: str, changed: dict[str, Any], r
     stage.write_json(out / "rows" / f"{row['id']}.json", {"key": key, "row": changed, "report": report})
 
 
-def _finished(row: dict[str, Any], out: Path, key: str) -> dict[str, Any] | None:
-    """What an earlier run with the same settings left of this clip, if it did."""
+def _finished(row: dict[str, Any], out: Path, key: str, timeout_s: float = 0.0) -> dict[str, Any] | None:
+    """What an earlier run with the same settings left of this clip, if it did; one that took too long has another chance."""
     path = out / "rows" / f"{row['id']}.json"
     held = json.loads(path.read_text()) if path.is_file() else {}
-    return held if held.get("key") == key else None
+    short = ((held.get("report") or {}).get("limit_s") or math.inf) < timeout_s
+    return held if held.get("key") == key and not short else None
 
 
 def main(argv: list[str] | None = None) -> int:

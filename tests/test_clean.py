@@ -123,6 +123,9 @@ def test_a_clip_that_breaks_a_worker_costs_no_other(folder, tmp_path):
     assert said["still.mp4"] == "cleaning ended its process (code 7)"
     assert said["woven.mp4"] == "cleaning took longer than 15 s"
     assert "cannot be opened" in said["text.mp4"]
+    for timeout, left in ((15, "cleaning took longer than 15 s"), (60, None)):  # only more time is a reason to try again
+        again = clean.clean_rows(clean.listed(folder), folder, tmp_path / "out", FAST, workers=2, timeout_s=timeout)
+        assert {row["source_id"]: row.get("dropped") for row in again} == said | {"woven.mp4": left}
 
 
 def test_a_mistake_of_ours_is_named_and_traced(folder, tmp_path, monkeypatch):
