@@ -62,7 +62,7 @@ def networks(film: Film, function: str | None = None, weights: str | None = None
     if window <= 2 * overlap or overlap < 0:
         raise ValueError(f"window {window} must be more than twice overlap {overlap}, and overlap not below 0")
     if film.kind.turns % 4:
-        return Outcome(film, "refused", 1.0, notes=["network: the film is stored turned; write it upright first, as other stages do"])
+        return Outcome(film, "refused", 1.0, notes=["network: the film is stored turned; write it upright first"])
     arguments = shlex.split(command) if command is not None else _served(function, weights)
     folder = tempfile.TemporaryDirectory(prefix="networks-")  # lives as long as the film that reads from it
     path = Path(folder.name) / "out.mp4"
