@@ -228,7 +228,28 @@ def _lively(seen: _Seen, box: Box, level: float) -> bool:
         return False
     away = np.abs(seen.points - np.float32(level))
     noise = np.median(away[:, ~inside]) if not inside.all() else 0.0
-    return float(np.percentile((away[:, inside] > 3 + 3 * noise).mean(1), 75)) > 0.5
+    if np.percentile((away[:, inside] > 3 + 3 * noise).mean(1), 75) <= 0.5:
+        return False
+    return all(_fills(seen.points, box, turned) for turned in (False, True))
+
+
+def _fills(points: np.ndarray, box: Box, turned: bool) -> bool:
+    """Whether the inside differs from each bar along their border, as pictures do and a block of text with margins does not.
+
+    turned: the bars are beside the picture, not above and below it."""
+    first, last, start, end = ((box.left, box.right, box.top, box.bottom) if turned else
+                               (box.top, box.bottom, box.left, box.right))
+    across = points.swapaxes(1, 2) if turned else points  # lines of it lie along the bars
+    across = across[:, :, -(-start // SHRINK):max(end // SHRINK, 1)].astype(np.float32)
+    for k, lines in ((-(-first // SHRINK), across), (len(across[0]) - last // SHRINK, across[:, ::-1])):
+        if k < 2:  # no bar, or one too thin to know its level
+            continue
+        bar, near = lines[:, :k - 1], lines[:, k:k + 2]
+        level = np.median(bar, (0, 1))
+        noise = float(np.median(np.abs(bar - level)))
+        if np.percentile((np.abs(near - level) > 3 + 3 * noise).mean((1, 2)), 75) <= 0.4:
+            return False
+    return True
 
 
 # Padded bars

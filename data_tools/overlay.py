@@ -40,6 +40,7 @@ REACH = (2, 5, 9)  # pictures before and after one that may show what its text h
 AROUND = 32  # pixels around the text by which pictures are aligned
 FITS = 10.0  # levels by which they may differ there
 LARGEST = 0.25  # share of the picture whose strokes may be filled
+PROOF = 24  # pictures of a text's beginning on which filling is proved
 WORTH = 3.0  # what filling changes, in squared levels, over how wrong it is beside the text; 2 would be even, 3 is 3 dB
 
 
@@ -317,11 +318,12 @@ def _beside(track: Track, tracks: list[Track], film: Film) -> list[Track]:
 
 
 def _changes(film: Film, other: Film, tracks: list[Track]) -> list[float]:
-    """Mean squared difference of two films' luma within the strokes of each track."""
+    """Mean squared difference of two films' luma within the strokes of each track, over its first PROOF pictures."""
     total, count = np.zeros(len(tracks)), np.zeros(len(tracks))
-    for i, (picture, changed) in enumerate(zip(film, other, strict=True)):
+    last = [min(track.last, track.first + PROOF - 1) for track in tracks]
+    for i, (picture, changed) in enumerate(itertools.islice(zip(film, other, strict=True), max(last) + 1)):
         for k, track in enumerate(tracks):
-            mask = _mask(picture.y, i, [track]) if track.first <= i <= track.last else None
+            mask = _mask(picture.y, i, [track]) if track.first <= i <= last[k] else None
             if mask is not None:
                 there = mask > 0
                 total[k] += float(np.square(picture.y[there].astype(np.float32) - changed.y[there]).sum())
