@@ -38,6 +38,7 @@ MOMENTS = 24  # of a film, at least, when it is long enough; at most twice as ma
 CLOSE = 12  # of these are looked at closely
 TRIALS = 4  # of these are repaired on trial, where a comb was found
 CERTAIN = 2.5  # score of a comb that is one even if no repair of it fits
+SMALL, SURELY = 0.7, 2.0  # below this scale little is left of a comb; so many log odds are wanted there, as credits look alike
 LEAST_SLOPE = 0.008  # levels carried for a level of change: clean enlarged pictures carry up to 0.007, by unevenly sharp lines
 LEAST_UP = 0.245  # cycles a line: below, a carrier can only be that of a picture that was shrunk
 CODEC = 1.25  # by how much codecs and uneven motion make a comb seem weaker, typically
@@ -96,7 +97,8 @@ def scored(film: Film) -> tuple[Found | None, float]:
     comb = located(kept, looks, place, value)
     left, misfit = tried(kept[::-(-len(kept) // TRIALS)], place, comb)
     comb = replace(comb, left=left, misfit=misfit)
-    return (comb, value) if comb.fits or value > CERTAIN else (None, 0.0)
+    certain = value > (SURELY if comb.scale < SMALL else 0)
+    return (comb, value) if certain and (comb.fits or value > CERTAIN) else (None, 0.0)
 
 
 class Moment(NamedTuple):
