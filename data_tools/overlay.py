@@ -291,6 +291,7 @@ def _worth(film: Film, tracks: list[Track]) -> list[float]:
 
     With strokes d away from the truth and a fill that is e away from it, independently, the change is d + e and a gain means d > e.
     The areas are filled in the film whose text is filled already, so that it leads nothing astray there.
+    Where all of them are smoother than what is around the text, their error is taken to grow as the detail does.
     """
     filled = film.through(lambda pictures: _filled(pictures, tracks))
     changed, errors = _changes(film, filled, tracks), [[] for _ in tracks]
@@ -302,7 +303,27 @@ def _worth(film: Film, tracks: list[Track]) -> list[float]:
             tried = _changes(filled, filled.through(lambda pictures, trial=trial: _filled(pictures, trial)), trial)
             for i, error in zip(at, tried, strict=True):
                 errors[i].append(error)
-    return [change / max(float(np.mean(error)), 1.0) if error else 0.0 for change, error in zip(changed, errors, strict=True)]
+    detail = iter(_detail(film, [one for track, places in zip(tracks, beside, strict=True) for one in (track, *places)]))
+    worth = []
+    for change, error in zip(changed, errors, strict=True):
+        here, there = next(detail), max([next(detail) for _ in error], default=0.0)
+        worth.append(change / max(float(np.mean(error)) * max(here / max(there, 1.0), 1.0), 1.0) if error else 0.0)
+    return worth
+
+
+def _detail(film: Film, tracks: list[Track]) -> list[float]:
+    """Mean squared difference of luma from its blur in each track's box, away from the strokes, over its first PROOF pictures."""
+    total, count = np.zeros(len(tracks)), np.zeros(len(tracks))
+    last = [min(track.last, track.first + PROOF - 1) for track in tracks]
+    for i, picture in enumerate(itertools.islice(film, max(last) + 1)):
+        for k, track in enumerate(tracks):
+            mask = _mask(picture.y, i, [track]) if track.first <= i <= last[k] else None
+            if mask is not None:
+                y = track.box.of(picture.y).astype(np.float32)
+                away = cv2.dilate(track.box.of(mask), np.ones((5, 5), np.uint8)) == 0
+                total[k] += float(np.square(y - cv2.blur(y, (7, 7)))[away].sum())
+                count[k] += away.sum()
+    return [float(mean) for mean in total / np.maximum(count, 1)]
 
 
 def _beside(track: Track, tracks: list[Track], film: Film) -> list[Track]:
