@@ -32,7 +32,7 @@ from data_tools.film import Film, Picture
 WEIGHTS = Path(__file__).parent / "weights"
 KERNELS = ("area", "bilinear", "bicubic", "lanczos")
 BINS = 4096  # of the spectrum over lines
-LEAST_LINES = 48  # of a film: fewer tell no carrier from a picture
+LEAST_LINES = 48  # of a film, and columns: fewer tell no carrier from a picture
 LOWEST = 0.055  # cycles a line: below, a carrier drowns in the picture
 MOMENTS = 24  # of a film, at least, when it is long enough; at most twice as many
 CLOSE = 12  # of these are looked at closely
@@ -80,7 +80,7 @@ def analyse(film: Film) -> Found | None:
 
 def scored(film: Film) -> tuple[Found | None, float]:
     """What `analyse` gives, and the score behind it: at most 0 where it gives None, -20 for fields on lines of their own."""
-    if film.kind.height < LEAST_LINES:
+    if film.kind.height < LEAST_LINES or film.kind.width < LEAST_LINES:
         return None, -20.0
     kept = moments(film)
     looks = [Look.of(moment) for moment in kept]

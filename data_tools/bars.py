@@ -93,7 +93,7 @@ def _inside(plane: np.ndarray, luma: np.ndarray, box: Box) -> np.ndarray:
     if box.top % down or box.left % across:
         raise ValueError(f"box {tuple(box[:4])} starts inside a chroma pixel; "
                          f"its top must be a multiple of {down}, its left of {across}")
-    return plane[box.top // down:-(-box.bottom // down), box.left // across:-(-box.right // across)]
+    return np.ascontiguousarray(plane[box.top // down:-(-box.bottom // down), box.left // across:-(-box.right // across)])
 
 
 # What is looked at

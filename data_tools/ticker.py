@@ -86,6 +86,8 @@ def find(film: Film) -> list[Band]:
 
     Looks at 1 picture in 6.
     """
+    if film.kind.height < 2 * GROUP:
+        return []
     held, seen = [], []
     for i, picture in enumerate(film):
         if i % EVERY >= LOOK:

@@ -148,6 +148,15 @@ def test_a_span_of_a_file_is_cleaned_alone(clips, tmp_path):
     assert (second["field_order"], second["frames"], second["start_s"]) == ("tff", 40, 0.0)
 
 
+@pytest.mark.parametrize(("height", "width", "count"), [(2, 2, 5), (2, 64, 9), (64, 2, 9), (8, 8, 30), (30, 40, 40), (16, 16, 1)])
+def test_tiny_films_are_left_alone(height, width, count):
+    draw = np.random.default_rng(0)
+    y, u, v = (draw.integers(16, 236, (count, -(-height // by), -(-width // by)), dtype=np.uint8) for by in (1, 2, 2))
+    given = film.from_clip(Clip(y, u, v, np.arange(count) / 25))
+    outcome = clean.clean(given, clean.Settings())
+    assert (outcome.film, outcome.edits, outcome.dropped) == (given, [], None)
+
+
 def test_bad_words_are_refused(folder, tmp_path, capsys):
     for words, reason in (((folder,), "--out: name the folder"), ((tmp_path / "none.mp4",), "no such video file"),
                           ((folder / "plain.mp4", "--grade", "finest"), "finest"),
