@@ -150,7 +150,7 @@ def _quiet(bench: Bench) -> list[Row]:
 def _repaired(bench: Bench) -> list[Row]:
     """What the stage makes of what de-interlacers do not know: shifted film, and film under titles that move with the fields."""
     shifted, titles = [], []
-    for number, (family, name, clip) in enumerate(bench.clips(frames=60, count=3)):
+    for number, (_, name, clip) in enumerate(bench.clips(frames=60, count=3)):
         order = degrade.ORDERS[number % 2]
         for kind, gains, given, truth in (
                 ("shifted", shifted, degrade.telecine(clip, "2:2", 1, order).clip, clip),
