@@ -46,14 +46,20 @@ def deinterlace(film: Film, grade: str = "fast", rate: str = "frame") -> Outcome
         if value not in known:
             raise ValueError(f"{name} {value!r} is unknown; it is one of {', '.join(known)}")
     analysis = fields.analyse(film)
+    tried = {}
+    for segment, sample in _samples(film, [segment for segment in analysis.segments if _doubtful(segment)]):
+        settled = fields.settled(segment, sample)
+        tried[segment.first] = settled, _misfit(settled, sample) if _doubtful(settled) else None
+    if tried:
+        analysis = fields.summed([tried.get(segment.first, (segment,))[0] for segment in analysis.segments])
+    doubtful = [segment for segment in analysis.segments if _doubtful(segment)]
     found = {"segments": [asdict(segment) for segment in analysis.segments]}
-    doubtful = [segment for segment in analysis.segments if segment.kind not in ("progressive", "unknown")]
     if not doubtful:
-        return _of_whole_pictures(film, rate, Outcome(film, "progressive", analysis.confidence, found=found))
+        return _of_whole_pictures(film, rate, Outcome(film, "progressive", analysis.confidence, found=found), analysis)
     outcome = Outcome(film, analysis.verdict, analysis.confidence, found=found)
     fitting = set()
-    for segment, sample in _samples(film, doubtful):
-        why = _misfit(segment, sample)
+    for segment in doubtful:
+        why = tried[segment.first][1]
         if why is None:
             fitting.add(segment.first)
             outcome.edits.append(_edit(segment, grade, rate))
@@ -67,7 +73,12 @@ def deinterlace(film: Film, grade: str = "fast", rate: str = "frame") -> Outcome
     return outcome
 
 
-def _of_whole_pictures(film: Film, rate: str, outcome: Outcome) -> Outcome:
+def _doubtful(segment: Segment) -> bool:
+    """Whether a segment's fields may not belong together as they are."""
+    return segment.kind not in ("progressive", "unknown")
+
+
+def _of_whole_pictures(film: Film, rate: str, outcome: Outcome, analysis: fields.Analysis) -> Outcome:
     """What is done for films without fields: pictures that were mixed, or woven and then rescaled."""
     mixed = blend.analyse(film)
     if mixed is not None:
@@ -81,6 +92,9 @@ def _of_whole_pictures(film: Film, rate: str, outcome: Outcome) -> Outcome:
         return outcome
     comb = baked.analyse(film)
     if comb is not None:
+        longest = max(analysis.segments, key=lambda segment: segment.last - segment.first)
+        if fields.rolled(next(_samples(film, [longest]))[1]) is not None:  # lines that repeat look like a comb when they roll
+            return outcome
         outcome.verdict, outcome.confidence, outcome.found["baked"] = "baked_comb", comb.confidence, asdict(comb)
         if comb.fits:
             outcome.film = baked.repair(film, comb, rate)

@@ -49,10 +49,15 @@ class Evidence(NamedTuple):
     change: np.ndarray  # [f-1] mean difference of a field to the same lines a picture later, levels
 
 
+def thinned(y: np.ndarray) -> np.ndarray:
+    """A plane [h w] of evenly spaced columns, and an even number of lines."""
+    return y[:y.shape[0] // 2 * 2, ::max(1, y.shape[1] // COLUMNS)]
+
+
 def fields_of(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Top and bottom lines of a plane [h w], of evenly spaced columns."""
-    step, even = max(1, y.shape[1] // COLUMNS), y.shape[0] // 2 * 2
-    return np.ascontiguousarray(y[0:even:2, ::step]), np.ascontiguousarray(y[1:even:2, ::step])
+    lines = thinned(y)
+    return np.ascontiguousarray(lines[::2]), np.ascontiguousarray(lines[1::2])
 
 
 class Halves(NamedTuple):
@@ -64,9 +69,9 @@ class Halves(NamedTuple):
     bottom_between: np.ndarray  # [m w] at the lines of `top`
 
 
-def blocks_of(levels: np.ndarray) -> np.ndarray:
-    """Means of blocks, float32; what does not fill a block is left off."""
-    lines, columns = BLOCK
+def blocks_of(levels: np.ndarray, lines: int = BLOCK[0]) -> np.ndarray:
+    """Means of blocks of so many lines, float32; what does not fill a block is left off."""
+    columns = BLOCK[1]
     down, across = levels.shape[0] // lines, levels.shape[1] // columns
     return cv2.resize(levels[:down * lines, :across * columns].astype(np.float32), (across, down), interpolation=cv2.INTER_AREA)
 
@@ -272,6 +277,7 @@ SAMPLE = 30  # pictures of a segment's liveliest stretch, for those who try some
 LEAN, SURE = 0.03, 2.5  # share of all weight, and standard errors, by which votes lean to one side in what is not progressive
 VIDEO, PART, MOST = 0.6, 0.05, 0.3  # hybrids: least share of votes for video where a cell is video; of fast ones there, and of all
 #                                     weight in the film part; of all weight there when it is progressive
+ORDERED = 0.6  # share of a segment's mean votes for its order that prove that both pictures at a gap are of it
 MARGIN = 8.0  # log likelihood by which the film part must be better explained as film; progressive film by half
 
 
@@ -325,8 +331,8 @@ def judge(evidence: Evidence) -> Analysis:
     segments = []
     for first, last in _runs(path):
         segments.append(_segment(path[first:last], votes[first:last], weights[first:last], scores[first:last], first))
-    segments = _joined(segments, len(scores) + 1, quiet, weight)
-    return _summed(segments)
+    segments = _joined(segments, whole, quiet, weight)
+    return summed(segments)
 
 
 def _cuts(change: np.ndarray) -> np.ndarray:
@@ -395,14 +401,14 @@ def _parts(path: np.ndarray, votes: np.ndarray, weights: np.ndarray) -> tuple[np
     return (film.states, order) if pictures or (mode.kind == "telecine" and better > MARGIN) else None
 
 
-def _joined(segments: list[Segment], pictures: int, cuts: np.ndarray, weight: np.ndarray) -> list[Segment]:
-    """Segments of gaps made segments of pictures; neighbours that say the same, or nothing, become one."""
-    out = []
-    for segment in segments:
-        start = segment.first
-        while start > 0 and not cuts[start - 1] and weight[start - 1] < 0.5:
-            start -= 1
-        segment = replace(segment, first=start if start and cuts[start - 1] else segment.first)
+def _joined(segments: list[Segment], votes: np.ndarray, cuts: np.ndarray, weight: np.ndarray) -> list[Segment]:
+    """Segments of gaps made segments of pictures; neighbours that say the same, or nothing, become one.
+
+    From votes [n, FAST + 1], cuts [n] and weight [n] of the gaps.
+    """
+    out, pictures = [], len(weight) + 1
+    for k, segment in enumerate(segments):
+        segment = replace(segment, first=_first(segments[k - 1], segment, votes, cuts, weight) if k else 0)
         alike = out and (out[-1].verdict, out[-1].order, out[-1].pattern) == (segment.verdict, segment.order, segment.pattern)
         if (out and segment.verdict == "unknown") or alike:
             out[-1] = replace(out[-1], last=segment.last)
@@ -415,6 +421,28 @@ def _joined(segments: list[Segment], pictures: int, cuts: np.ndarray, weight: np
     return [replace(segment, first=a, last=b, lively=_lively(weight[a:b - 1], a)) for segment, a, b in spans]
 
 
+def _first(old: Segment, new: Segment, votes: np.ndarray, cuts: np.ndarray, weight: np.ndarray) -> int:
+    """The first picture of a segment whose first gap is known; the picture before that gap is of the one or of the other.
+
+    Across a cut all fields are unlike, as if the pictures were progressive. So only votes for an order prove what that picture is.
+    """
+    first = start = new.first
+    while start > 0 and not cuts[start - 1] and weight[start - 1] < 0.5:
+        start -= 1
+    if start and cuts[start - 1]:
+        return start
+
+    def proven(segment: Segment, gap: int) -> bool:
+        side = votes[:, TOP if segment.order == "tff" else BOTTOM].sum(1) / np.maximum(weight, FEW)
+        return side[gap] > ORDERED * side[segment.first:segment.last].mean()
+
+    if new.kind == "interlaced":
+        later = not proven(new, first)
+    else:
+        later = bool(old.order) and new.verdict == "progressive" and proven(old, first - 1)
+    return first + int(later or cuts[first])
+
+
 def _lively(weight: np.ndarray, first: int) -> int:
     """The first of the SAMPLE pictures in a row that hold most weight, given that of the gaps from picture `first` on."""
     if len(weight) < SAMPLE:
@@ -422,7 +450,7 @@ def _lively(weight: np.ndarray, first: int) -> int:
     return first + int(np.convolve(weight, np.ones(SAMPLE - 1), "valid").argmax())
 
 
-def _summed(segments: list[Segment]) -> Analysis:
+def summed(segments: list[Segment]) -> Analysis:
     """The verdict of most pictures that say anything; hybrid where a twentieth and more are of another kind."""
     length = {}
     for segment in segments:
@@ -435,3 +463,66 @@ def _summed(segments: list[Segment]) -> Analysis:
     most = max(spoken, key=lambda segment: segment.last - segment.first)
     confidence = sum(segment.confidence * (segment.last - segment.first) for segment in spoken) / total
     return Analysis("hybrid" if len(kinds) > 1 else most.verdict, confidence, tuple(segments))
+
+
+# What rolls by whole lines
+
+ROLL = 8  # lines a picture up to which rolling is looked for, both ways
+ROLLS = 0.85  # least share of the moving blocks, over a sample, that another picture's lines explain when shifted
+MOVES, EXPLAINED = 2.0, 0.35  # levels by which a moving block changes; at most so much of that is left of it by the right shift
+
+
+def rolled(sample: list[Picture]) -> tuple[str, str, float] | None:
+    """Verdict, order and share of moving blocks that say so, of pictures that roll by whole lines; None when they do not.
+
+    Lines that repeat fit so well a few lines on that fields seem to belong together that do not. But where one shift of s lines
+    leads from each picture to the next, the time between the two fields of a picture is the shift between them: none when it is
+    progressive, s / 2 when it is video, s when it is shifted film. The one for which the bottom lines fit best between the top
+    lines, so that strokes have no combs, is the truth. Of a pulldown's pictures many fit no shift at all.
+    """
+    hypotheses = [("progressive", "", 0.0)] + [(mode, order, sign * lag) for mode, lag in (("", 0.5), ("shifted", 1.0))
+                                               for order, sign in (("tff", 1), ("bff", -1))]
+    moving, explained, apart_by = 0, 0, np.zeros(len(hypotheses))
+    for before, now in itertools.pairwise(np.ascontiguousarray(thinned(picture.y)) for picture in sample):
+        if now.shape[0] < 6 * BLOCK[0] or now.shape[1] < BLOCK[1]:
+            return None
+        change = blocks_of(cv2.absdiff(before, now), 2 * BLOCK[0])
+        shift, where = _shift(before, now, change)
+        moving, explained = moving + int((change > MOVES).sum()), explained + int(where.sum())
+        inside = where.copy()
+        inside[[0, -1]] = False  # where lines come in, and leave
+        if inside.any():
+            apart_by += [_between(now, lag * shift)[inside].sum() for *_, lag in hypotheses]
+    if explained == 0 or explained < ROLLS * moving:
+        return None
+    verdict, order, _ = hypotheses[int(apart_by.argmin())]
+    return verdict or order, order, explained / moving
+
+
+def _shift(before: np.ndarray, now: np.ndarray, change: np.ndarray) -> tuple[int, np.ndarray]:
+    """The shift in lines that explains most moving blocks of a picture [h w] by the one before (up is above 0); which ones."""
+    wide = cv2.copyMakeBorder(before, ROLL, ROLL, 0, 0, cv2.BORDER_REPLICATE)
+    best = 0, np.zeros(change.shape, bool)
+    for shift in sorted((s for s in range(-ROLL, ROLL + 1) if s), key=abs):
+        left = blocks_of(cv2.absdiff(wide[ROLL + shift:ROLL + shift + len(now)], now), 2 * BLOCK[0])
+        where = (change > MOVES) & (left < EXPLAINED * change)
+        if where.sum() > best[1].sum():
+            best = shift, where
+    return best
+
+
+def _between(y: np.ndarray, lines: float) -> np.ndarray:
+    """How far the bottom lines of a picture [h w] lie from its top ones that many lines below them, in blocks; levels."""
+    top, bottom = y[::2].astype(np.float32), y[1::2]
+    whole, part = divmod((1 + lines) / 2, 1)
+    above, below = (top[np.clip(np.arange(len(top)) + int(whole) + k, 0, len(top) - 1)] for k in (0, 1))
+    return blocks_of(np.abs((1 - part) * above + part * below - bottom))
+
+
+def settled(segment: Segment, sample: list[Picture]) -> Segment:
+    """A segment with the verdict that follows from how its pictures roll, where they do."""
+    found = rolled(sample)
+    if found is None or found[:2] == (segment.verdict, segment.order):
+        return segment
+    verdict, order, share = found
+    return replace(segment, verdict=verdict, order=order, confidence=share, pattern="2:2" if verdict == "shifted" else "", phase=0)

@@ -3,6 +3,7 @@
 import json
 from functools import cache
 
+import cv2
 import numpy as np
 import pytest
 
@@ -29,6 +30,17 @@ def titled(clip: Clip, order: str) -> Clip:
     """A clip under a line of text that moves with the fields."""
     twice = clip.take(np.repeat(np.arange(len(clip.y)), 2)).timed(50)
     return degrade.weave(degrade.ticker(twice, "SOME NEWS THAT RUN ALONG THE BOTTOM " * 3, 2.5, height=28, x0=200.0)[0], order)
+
+
+def credits(step: int, frames: int, height: int) -> Clip:
+    """White text of thin strokes that rolls up by `step` whole lines a picture."""
+    width, gap = height * 16 // 9, max(14, height // 18)
+    page = np.full((2 * height + step * frames, width), 16, np.uint8)
+    for k in range(len(page) // gap):
+        line = ("DIRECTED BY", "Jane Q. Example", "", "PRODUCED BY", "Max Mustermann", "The Quick Brown Foxes")[k % 6]
+        cv2.putText(page, line, (width // 4, (k + 1) * gap), cv2.FONT_HERSHEY_SIMPLEX, height / 450, 235, 1, cv2.LINE_AA)
+    y, grey = np.stack([page[i * step:i * step + height] for i in range(frames)]), np.full((frames, height // 2, width // 2), 128)
+    return Clip(y, grey.astype(np.uint8), grey.astype(np.uint8), np.arange(frames, dtype=float)).timed(25)
 
 
 CODED = {"clean": lambda clip: clip, "crf 28": lambda clip: degrade.coded(clip, 28),
@@ -97,6 +109,17 @@ def test_a_flip_of_the_order_makes_two_segments():
     segments = analyse(from_clip(flipped)).segments
     assert [segment.verdict for segment in segments] == ["tff", "bff"]
     assert abs(segments[0].last - 24) <= 1 and segments[1].last == 48
+
+
+@pytest.mark.parametrize("order", degrade.ORDERS)
+@pytest.mark.parametrize("cut", [True, False])
+def test_segments_change_at_the_very_picture(cut, order):
+    long, other = scene(3, 80), scene(4, 40)
+    to_film = after(degrade.weave(long.take(slice(40)), order), other if cut else long.take(slice(40, 80)))
+    to_video = after(other if cut else long.take(slice(40)), degrade.weave(long.take(slice(40, 80)), order))
+    for clip, change, verdicts in ((to_film, 20, [order, "progressive"]), (to_video, 40, ["progressive", order])):
+        segments = analyse(from_clip(clip)).segments
+        assert [segment.verdict for segment in segments] == verdicts and segments[0].last == segments[1].first == change
 
 
 def test_parts_in_time_and_parts_of_the_picture_make_hybrids():
@@ -185,6 +208,34 @@ def test_shifted_film_is_only_woven_again(order):
     outcome, out, quality = repaired(degrade.telecine(scene(), "2:2", 1, order).clip, scene())
     assert outcome.verdict == "shifted" and outcome.edits[0].step == "reweave" and quality == measure.CAP_DB
     assert len(out.y) == 46  # of 47 pictures the first and the last hold a field of their own
+
+
+@pytest.mark.parametrize("how", ["clean", "crf 23"])
+@pytest.mark.parametrize(("height", "steps"), [(180, (1, 2, 3, 4, 6, 8)), (360, (2, 3, 4))])
+def test_progressive_credits_are_left_alone(height, steps, how):
+    for step in steps:
+        clip = credits(step, 32, height)
+        given = from_clip(degrade.coded(clip, 23) if how == "crf 23" else clip)
+        outcome = deinterlace(given)
+        assert outcome.verdict == "progressive" and outcome.film is given, step
+
+
+@pytest.mark.parametrize("how", ["clean", "crf 23"])
+@pytest.mark.parametrize("order", degrade.ORDERS)
+def test_credits_whose_fields_move_apart_are_video(order, how):
+    for step in (1, 2, 3, 4):  # lines a field
+        clip = degrade.weave(credits(step, 64, 180), order)
+        outcome = deinterlace(from_clip(degrade.coded(clip, 23) if how == "crf 23" else clip))
+        assert outcome.verdict == order and [edit.step for edit in outcome.edits] == ["deinterlace"], step
+
+
+def test_rolling_by_whole_lines_is_told_from_other_motion():
+    clips = {"progressive": credits(4, 20, 180), "shifted": degrade.telecine(credits(4, 20, 180), "2:2", 1, "bff").clip}
+    assert {name: fields.rolled(list(from_clip(clip)))[:2] for name, clip in clips.items()} == \
+        {"progressive": ("progressive", ""), "shifted": ("shifted", "bff")}
+    still = scene().take([0] * 4).timed(25)
+    for other in (scene(), degrade.weave(scene()), degrade.telecine(credits(4, 20, 180), "2:3").clip, still):
+        assert fields.rolled(list(from_clip(other))) is None
 
 
 def test_mixed_pictures_are_unmixed():
