@@ -47,14 +47,13 @@ def main() -> int:
             print(f"could not be fetched: {missing}")
     bench = common.Bench(args.quick, None if args.quick else ROOT / "docs" / "clean")
     for part in args.parts or PARTS:
-        before = time.process_time()
+        before, about = time.process_time(), facts()
         rows = [asdict(row) for row in importlib.import_module(f"cleanbench.{part}").score(bench)]
         print(table(HEADER, [[row["item"], row["setting"], row["metric"], f"{row['ours']:.4g}",
                               ", ".join(f"{name} {value:.3g}" for name, value in (row["peers"] or {}).items()),
                               row["goal"], row["clips"]] for row in rows]), flush=True)
         if args.quick:
             continue
-        about = facts()
         about["versions"] |= {name: version(name) for name in ("av", "opencv-python-headless")}
         held = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"parts": {}}  # another process may do other parts
         held["parts"][part] = about | {"process_s": round(time.process_time() - before), "rows": rows}
