@@ -27,7 +27,7 @@ import torch  # noqa: E402
 from cleanbench import common  # noqa: E402
 from peer import facts, table, write  # noqa: E402
 
-PARTS = ("verdict", "baked", "fill", "telecine", "timing", "tape", "overlays", "harm", "damaged", "speed")
+PARTS = ("verdict", "baked", "fill", "telecine", "timing", "tape", "overlays", "harm", "damaged", "speed", "memory")
 HEADER = ["part", "damage, clips", "figure", "ours", "peers", "goal", "clips"]
 RESULTS = ROOT / "benchmarks" / "results" / "clean.json"
 
