@@ -19,9 +19,8 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange
 
-from latte.video import REPEATABLE, opened, renamed_when_whole
+from latte.video import EPS_S, REPEATABLE, opened, renamed_when_whole
 
-EPS_S = 1e-6
 TICKS = 90_000  # a second, in written files: exact for every usual rate
 
 
