@@ -79,7 +79,8 @@ def _train(cfg: config.Config, accelerator: Accelerator) -> int:
     del model, optimizer  # run.close() must hold the last of them
     writer = checkpoint.Writer(cfg.run, cfg.train.keep_checkpoints, cfg.train.keep_every_steps) if rank == 0 else None
 
-    with contextlib.closing(RunLog(cfg, accelerator, start)) as log, contextlib.closing(run):
+    with (contextlib.closing(RunLog(cfg, accelerator, start)) as log, contextlib.closing(run),
+          contextlib.closing(writer) if writer else contextlib.nullcontext()):
         log.say(f"{cfg.run}: from update {start} to {cfg.total_steps} on {ranks} process(es), {device.type}")
         log.say(formats)
         for why in wrong:

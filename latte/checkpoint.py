@@ -88,6 +88,11 @@ class Writer:
         self.waited += time.perf_counter() - started
         self.check()
 
+    def close(self) -> None:
+        """Lets the checkpoint under way be written whole, also when the training ends in an error, which stays the one to tell."""
+        if self._thread is not None:
+            self._thread.join()
+
     def _write(self, step: int, cfg: config.Config, tensors: dict[str, dict[str, torch.Tensor]], extra: dict | None) -> None:
         try:
             write(self.run / f"step-{step:08d}", step, cfg, tensors, extra)

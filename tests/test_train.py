@@ -101,6 +101,25 @@ def test_resume_is_bit_equal_after_dying_anywhere(plain, tmp_path, monkeypatch, 
     assert distance(weights(plain), weights(tmp_path)) == 0
 
 
+def test_an_error_leaves_the_checkpoint_under_way_whole(tmp_path, monkeypatch):
+    steps, write = [], checkpoint.write
+
+    def slow(*args):
+        time.sleep(3)
+        return write(*args)
+
+    def die(self, stage):
+        steps.append(stage)
+        if len(steps) == 5:
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(checkpoint, "write", slow)
+    monkeypatch.setattr(train.RunLog, "step", die)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(tmp_path)
+    assert checkpoint.read(tmp_path).step == 3
+
+
 AT_ONCE = ["memory.optimizer_in_backward=true", "optim.grad_clip=0"]
 LEAN = ["memory.weights=bf16", "train.mixed_precision=bf16", "memory.optimizer_states=int8", "memory.ema=host"]
 
