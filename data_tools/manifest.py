@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 try:
     import pyarrow as pa  # of the extra [data]
@@ -41,6 +41,14 @@ SCHEMA = pa.schema([
     pa.field("height", pa.int32()),
     pa.field("fps", pa.float64()),  # average
     pa.field("frames", pa.int64()),
+    # The source file's span that `path` was made from by cleaning and joining, in seconds from its first frame; null = path itself
+    pa.field("origin", pa.struct([("path", TEXT), ("sha256", TEXT), ("start_s", pa.float64()), ("end_s", pa.float64())])),
+    # The listed clips that this one was joined from, in order, with their spans of the whole video; null = it was listed itself
+    pa.field("parts", pa.list_(pa.struct([("id", TEXT), ("from_s", pa.float64()), ("to_s", pa.float64()), ("caption", TEXT)]))),
+    # Cuts, dissolves, fades ... that data_tools.shots found, in seconds from the file's first frame; null = not looked for
+    pa.field("transitions", pa.list_(pa.struct([("kind", TEXT), ("from_s", pa.float64()), ("to_s", pa.float64()),
+                                                ("confidence", pa.float64())]))),
+    pa.field("picked", pa.list_(pa.float64())),  # times of the frames chosen for training, in seconds from the file's first frame
     pa.field("field_order", TEXT),  # what data_tools.deinterlace found in the source: progressive, tff, ...; null = not looked at
     pa.field("caption", TEXT),  # the one to train on
     pa.field("caption_source", TEXT),  # file, or the captioner
@@ -52,15 +60,25 @@ SCHEMA = pa.schema([
     pa.field("dropped", TEXT),  # the reason, or null
     pa.field("licence", TEXT),
     pa.field("sha256", TEXT),  # of the file
+    pa.field("shard", TEXT),  # where a copy of the file lies: SHARD.tar/NAME.mp4
 ])
+Row = dict[str, Any]
 
 
-def read(path: str | Path) -> list[dict[str, Any]]:
+class Job(NamedTuple):
+    """What a stage's `work` is told besides its rows."""
+
+    out: Path  # the run's folder, where its manifests are: rows' paths start here, and files are made below it
+    settings: Any  # the stage's own dataclass
+    number: int = 0  # of this batch of rows among the stage's batches
+
+
+def read(path: str | Path) -> list[Row]:
     """The rows of a manifest. Raises ValueError naming the file when it is missing, damaged or of another schema."""
     return [row for rows in batches(path) for row in rows]
 
 
-def batches(path: str | Path, size: int = ROWS) -> Iterator[list[dict[str, Any]]]:
+def batches(path: str | Path, size: int = ROWS) -> Iterator[list[Row]]:
     """The rows of a manifest that may be too long for memory, so many at a time. Errors as in `read`."""
     try:
         with pq.ParquetFile(path) as file:
@@ -76,7 +94,7 @@ def batches(path: str | Path, size: int = ROWS) -> Iterator[list[dict[str, Any]]
         raise ValueError(f"{path}: cannot be read as a manifest ({error})") from None
 
 
-def write(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
+def write(path: str | Path, rows: Iterable[Row]) -> int:
     """Writes rows beside `path`, then renames; gives their number. A column that a row lacks is null.
 
     Only some rows are held at a time. Raises ValueError naming the row's unknown column or wrong value, OSError with the path
@@ -100,7 +118,7 @@ def write(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
     return count
 
 
-def _table(path: Path, rows: list[dict[str, Any]]) -> pa.Table:
+def _table(path: Path, rows: list[Row]) -> pa.Table:
     for row in rows:
         unknown = sorted(set(row) - set(SCHEMA.names))
         if unknown or not row.get("id") or not (row.get("path") or row.get("dropped")):
@@ -111,7 +129,7 @@ def _table(path: Path, rows: list[dict[str, Any]]) -> pa.Table:
         raise ValueError(f"{path}: a value does not fit the manifest's schema ({error})") from None
 
 
-def row(path: Path, caption: str, folder: Path, out: Path) -> dict[str, Any]:
+def row(path: Path, caption: str, folder: Path, out: Path) -> Row:
     """The row of a whole video file of `folder`, for a manifest `out`."""
     name = Path(os.path.relpath(path, folder)).as_posix()
     found = {"id": "", "source": folder.resolve().name, "source_id": name,

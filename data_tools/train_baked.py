@@ -44,6 +44,7 @@ from data_tools.baked import (
 )
 from data_tools.film import Clip
 from data_tools.measure import auc, recall_at
+from data_tools.train_fill import PHOTOGRAPHS
 from latte import keyed
 
 FOOTAGE = (("city.mpg", 190), ("carphone_pristine.mp4", 120))  # files and how many pictures of them have no cut
@@ -75,14 +76,32 @@ def footage(folder: Path) -> list[Clip]:
     return [film.to_clip(film.read(folder / name), last) for name, last in FOOTAGE if (folder / name).exists()]
 
 
+@cache
+def photographs(folder: Path) -> list[Path]:
+    """Photographs to draw from, as train_fill.fetch gets them; none where it was not run."""
+    return sorted(path for pattern in PHOTOGRAPHS for path in (folder / "photographs").glob(pattern))
+
+
+def photograph(path: Path) -> Clip:
+    """A clip of one picture of at most 960 columns."""
+    image = cv2.imread(str(path))
+    shrink = min(1.0, 960 / image.shape[1])
+    h, w = (int(side * shrink) // 4 * 4 for side in image.shape[:2])
+    planes = cv2.cvtColor(cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA), cv2.COLOR_BGR2YUV_I420)
+    u, v = planes[h:].reshape(2, h // 2, w // 2)
+    return Clip(planes[None, :h], u[None], v[None], np.zeros(1))
+
+
 def source(seed: int, frames: int, height: int, width: int, folder: Path) -> Clip:
     """Pictures of a scene at the rate of fields, about height x width: procedural, real, or a real still and a moving camera."""
     rng = keyed.rng(seed, "source")
     real, kind = footage(folder), rng.random()
-    if kind < 0.4 or not real:
+    if kind < 0.35 or not real:
         return degrade.synth(int(rng.integers(8000)), frames, height, width, 50)
+    if kind < 0.6 and photographs(folder):
+        return over_still(photograph(photographs(folder)[int(rng.integers(len(photographs(folder))))]), rng, frames, height, width)
     clip = real[int(rng.integers(len(real)))]
-    if kind < 0.7:
+    if kind < 0.85:
         first = int(rng.integers(0, max(1, len(clip.y) - frames)))
         return cropped(clip.take(slice(first, first + frames)).timed(50), rng, height, width)
     return over_still(clip.take([int(rng.integers(len(clip.y)))]), rng, frames, height, width)
