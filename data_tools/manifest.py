@@ -9,6 +9,7 @@ data.path=OUT.parquet.
 import argparse
 import hashlib
 import itertools
+import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -25,6 +26,7 @@ from tqdm import tqdm
 from latte import clips, video
 
 ROWS = 8192  # that are held at a time
+ABOUT = b"latte"  # the key of the file's metadata
 TEXT = pa.string()
 SCHEMA = pa.schema([
     pa.field("id", TEXT, nullable=False),  # hash of the bytes and the span of the file that was listed first; edits keep it
@@ -94,37 +96,44 @@ def batches(path: str | Path, size: int = ROWS) -> Iterator[list[Row]]:
         raise ValueError(f"{path}: cannot be read as a manifest ({error})") from None
 
 
-def write(path: str | Path, rows: Iterable[Row]) -> int:
+def about(path: str | Path) -> dict[str, Any]:
+    """What `write` was told about the making of a manifest: {} if nothing. Errors as in `read`."""
+    try:
+        return json.loads((pq.read_schema(path).metadata or {}).get(ABOUT, b"{}"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such manifest") from None
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as a manifest ({error})") from None
+
+
+def write(path: str | Path, rows: Iterable[Row], about: dict[str, Any] | None = None) -> int:
     """Writes rows beside `path`, then renames; gives their number. A column that a row lacks is null.
 
-    Only some rows are held at a time. Raises ValueError naming the row's unknown column or wrong value, OSError with the path
-    when it cannot be written.
+    about: how the rows were made, JSON; kept in the file. Only some rows are held at a time. Raises ValueError naming the row's
+    unknown column or wrong value, OSError with the path when it cannot be written.
     """
     path, count, rows = Path(path), 0, iter(rows)
-    beside = path.with_name(f"{path.name}.writing")
+    schema = SCHEMA.with_metadata({ABOUT: json.dumps(about, sort_keys=True)}) if about else SCHEMA
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with pq.ParquetWriter(beside, SCHEMA) as file:
-            while group := list(itertools.islice(rows, ROWS)):
-                file.write_table(_table(path, group))
-                count += len(group)
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
-        os.rename(beside, path)
+        with video.renamed_when_whole(path) as part:
+            with pq.ParquetWriter(part, schema) as file:
+                while group := list(itertools.islice(rows, ROWS)):
+                    file.write_table(_table(path, group, schema))
+                    count += len(group)
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
     except OSError as error:
         raise OSError(f"{path}: could not be written ({error})") from error
-    finally:
-        beside.unlink(missing_ok=True)
     return count
 
 
-def _table(path: Path, rows: list[Row]) -> pa.Table:
+def _table(path: Path, rows: list[Row], schema: pa.Schema) -> pa.Table:
     for row in rows:
         unknown = sorted(set(row) - set(SCHEMA.names))
         if unknown or not row.get("id") or not (row.get("path") or row.get("dropped")):
             raise ValueError(f"{path}: a row needs id and path (or dropped) and knows no {', '.join(unknown) or 'others'}: {row}")
     try:
-        return pa.Table.from_pylist(rows, SCHEMA)
+        return pa.Table.from_pylist(rows, schema)
     except (pa.ArrowException, TypeError) as error:
         raise ValueError(f"{path}: a value does not fit the manifest's schema ({error})") from None
 

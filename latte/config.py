@@ -452,6 +452,16 @@ def _read(path: str | Path) -> dict[str, Any]:
 
 def from_dict(values: dict[str, Any], overrides: list[str] = ()) -> Config:
     """The Config that nested dictionaries describe, such as those of a checkpoint. Raises ValueError like `load`."""
+    return section(Config, overridden(values, overrides), "")
+
+
+def load_tree(path: str | Path, overrides: list[str] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file with overrides laid over it, for programs with sections of their own; see `section`."""
+    return overridden(_read(path), overrides)
+
+
+def overridden(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Nested dictionaries with `section.key=value` laid over them. Raises ValueError naming an override that cannot be."""
     tree = OmegaConf.create(values)
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -461,13 +471,24 @@ def from_dict(values: dict[str, Any], overrides: list[str] = ()) -> Config:
             OmegaConf.update(tree, key, OmegaConf.create(f"value: {value}").value, force_add=True)
         except (OmegaConfBaseException, yaml.YAMLError, AttributeError) as error:
             raise ValueError(f"{key}: cannot be set to {value!r}: {str(error).splitlines()[0]}") from None
-    values = OmegaConf.to_container(tree)
-    _refuse_unknown_keys(Config, values, "")
+    return OmegaConf.to_container(tree)
+
+
+def section(kind: type, values: dict[str, Any], name: str) -> Any:
+    """The dataclass `kind` that nested dictionaries describe; `name` is the section's dotted key, "" for a whole file.
+
+    Raises ValueError naming the key like `load`.
+    """
+    _refuse_unknown_keys(kind, values, f"{name}." if name else "")
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
+        typed = OmegaConf.structured(kind)
+        OmegaConf.set_readonly(typed, False)  # a frozen dataclass
+        return OmegaConf.to_object(OmegaConf.merge(typed, values))
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
+        key = ".".join(filter(None, [name, getattr(error, "full_key", None)]))
         raise ValueError(f"{key + ': ' if key else ''}{str(error).splitlines()[0]}") from None
+    except ValueError as error:  # a rule of the dataclass's own, which knows no section
+        raise ValueError(f"{name}.{error}" if name else str(error)) from None
 
 
 def upgraded(values: dict[str, Any]) -> dict[str, Any]:

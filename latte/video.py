@@ -7,6 +7,7 @@ PyAV brings its own FFmpeg: nothing has to be installed beside it. decord and to
 import itertools
 import math
 import os
+import platform
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -179,7 +180,7 @@ def renamed_when_whole(path) -> Iterator[Path]:
     """A name beside `path` to write to; it becomes `path` if the block ends well and is removed if not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.part")
     try:
         yield part
         part.replace(path)
