@@ -15,11 +15,14 @@ from latte.config import DataConfig, ShapeConfig
 
 WHOLE = {"id": "a", "source": "films", "source_id": "a.mp4", "video": "a", "from_s": 11.5, "to_s": 14.0, "url": "https://example.org/a",
          "path": "films/a.mp4", "start_s": 1.5, "end_s": 4.0, "width": 64,
-         "height": 48, "fps": 23.976, "frames": 60, "field_order": "tff", "caption": "a red ball", "caption_source": "file",
+         "height": 48, "fps": 23.976, "frames": 60,
+         "origin": {"path": "a.mkv", "sha256": "1" * 64, "start_s": 11.5, "end_s": 14.0},
+         "parts": [{"id": "b", "from_s": 11.5, "to_s": 12.0, "caption": "a ball"}],
+         "transitions": [{"kind": "cut", "from_s": 1.0, "to_s": 1.04, "confidence": 0.9}], "picked": [1.5, 1.625], "field_order": "tff", "caption": "a red ball", "caption_source": "file",
          "captions": {"short": "ball", "dense": None, "camera": "still", "subjects": None, "style": None, "events": None},
          "scores": {"sharpness": 0.5, "motion": 1.25}, "tags": {"language": "en"},
          "edits": [{"step": "deinterlace", "settings": '{"taps": 5}', "confidence": 0.9, "version": "1"}],
-         "dropped": None, "licence": "CC0", "sha256": "0" * 64}
+         "dropped": None, "licence": "CC0", "sha256": "0" * 64, "shard": None}
 
 
 def pattern(path, frames=12, height=32, width=48, seed=0):
@@ -135,3 +138,13 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         assert manifest.main([str(tmp_path / place), str(tmp_path / "m.parquet")]) == 1
         said = capsys.readouterr().err
         assert said.startswith("error: ") and said.count("\n") == 1 and message in said
+
+
+def test_a_manifest_tells_how_it_was_made(tmp_path):
+    manifest.write(tmp_path / "m.parquet", [WHOLE], {"stages": [["cut", {"fps": 8}, "1"]]})
+    assert manifest.about(tmp_path / "m.parquet") == {"stages": [["cut", {"fps": 8}, "1"]]}
+    assert manifest.read(tmp_path / "m.parquet") == [WHOLE]
+    manifest.write(tmp_path / "m.parquet", [WHOLE])
+    assert manifest.about(tmp_path / "m.parquet") == {}
+    with pytest.raises(ValueError, match="none.parquet: no such manifest"):
+        manifest.about(tmp_path / "none.parquet")
