@@ -121,8 +121,8 @@ def around(items: Iterable, reach: int) -> Iterator[tuple[Any, list]]:
         yield held[i], held[max(0, i - reach):i + reach + 1]
 
 
-def read(path: str | Path, start_s: float = 0.0, end_s: float = math.inf) -> Film:
-    """The film in a file, or its span from start_s up to end_s, whose first picture is then at 0 s.
+def read(path: str | Path, start_s: float = 0.0, end_s: float = math.inf, from_zero: bool = True) -> Film:
+    """The film in a file, or its span from start_s up to end_s, whose first picture is then at 0 s, unless from_zero is false.
 
     What cannot be decoded is left out and counted in `problems`.
 
@@ -165,7 +165,7 @@ def read(path: str | Path, start_s: float = 0.0, end_s: float = math.inf) -> Fil
                 return
             if at >= start_s - EPS_S:
                 begun = at if begun is None else begun
-                yield picture_of(frame, at - begun)
+                yield picture_of(frame, at - begun if from_zero else at)
 
     film = Film(kind, pictures, problems)
     if start_s > 0 and next(iter(film), None) is None:
