@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import av
 import numpy as np
+from av.codec.context import Flags2
 from av.video.reformatter import ColorRange
 
 from latte.video import EPS_S, REPEATABLE, opened, renamed_when_whole
@@ -121,10 +122,12 @@ def around(items: Iterable, reach: int) -> Iterator[tuple[Any, list]]:
         yield held[i], held[max(0, i - reach):i + reach + 1]
 
 
-def read(path: str | Path, start_s: float = 0.0, end_s: float = math.inf, from_zero: bool = True) -> Film:
+def read(path: str | Path, start_s: float = 0.0, end_s: float = math.inf, from_zero: bool = True,
+         vectors: Callable[[av.VideoFrame], Any] | None = None) -> Film:
     """The film in a file, or its span from start_s up to end_s, whose first picture is then at 0 s, unless from_zero is false.
 
-    What cannot be decoded is left out and counted in `problems`.
+    What cannot be decoded is left out and counted in `problems`. vectors: is shown every decoded frame of the span, with the
+    codec's motion vectors, just before its picture comes.
 
     Pictures of more than 8 bits are rounded to 8; RGB becomes YUV 4:4:4; the number of chroma lines stays. Pictures whose size
     differs from the first one's are left out. Times rise strictly: a picture without a time follows the one before it by
@@ -151,7 +154,7 @@ def read(path: str | Path, start_s: float = 0.0, end_s: float = math.inf, from_z
         problems.clear()
         last, begun = -math.inf, None
         near = origin + math.floor(start_s / base) if start_s > 5 and origin is not None else None
-        for frame in frames(path, problems, near):
+        for frame in frames(path, problems, near, vectors is not None):
             if (frame.width, frame.height) != (kind.width, kind.height):
                 problems["picture of another size"] += 1
                 continue
@@ -165,6 +168,8 @@ def read(path: str | Path, start_s: float = 0.0, end_s: float = math.inf, from_z
                 return
             if at >= start_s - EPS_S:
                 begun = at if begun is None else begun
+                if vectors is not None:
+                    vectors(frame)
                 yield picture_of(frame, at - begun if from_zero else at)
 
     film = Film(kind, pictures, problems)
@@ -249,12 +254,14 @@ def check_crf(crf: int) -> None:
         raise ValueError(f"crf: {crf} is out of range; 0 is lossless, 14 close to it, 51 the worst")
 
 
-def frames(path: str | Path, problems: Counter, near: int | None = None) -> Iterator[av.VideoFrame]:
+def frames(path: str | Path, problems: Counter, near: int | None = None, vectors: bool = False) -> Iterator[av.VideoFrame]:
     """What can be decoded, in order of presentation; damaged packets are passed over and counted in `problems`.
 
     near: a time in the stream's units; decoding may start at the key frame before it. Raises ValueError as `read` does."""
     with opened(path) as container:
         stream = container.streams.video[0]
+        if vectors:
+            stream.codec_context.flags2 |= Flags2.export_mvs
         if near is not None:
             with suppress(av.error.FFmpegError):
                 container.seek(near, stream=stream)
