@@ -9,10 +9,9 @@ another start.
 """
 
 import argparse
-import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,11 +65,12 @@ def work(rows: list[Row], job: manifest.Job) -> list[Row]:
     sizes = np.bincount([near.of(i) for i in range(len(rows))], minlength=len(rows))
     dropped = list(rows)
     for i, row in enumerate(ranked):
-        best, twin = ranked[near.of(i)]["id"], ranked[same.of(i)]["id"]
+        best, twin = near.of(i), same.of(i)
         change = int(np.bitwise_count(hashes[i] ^ hashes[i, 0]).max()) if known[i] else 64
-        why = (f"duplicate (of {twin})" if twin != row["id"] else f"near-duplicate (of {best})" if best != row["id"] else
+        why = (f"duplicate (of {ranked[twin]['id']})" if twin != i else
+               f"near-duplicate (of {ranked[best]['id']})" if best != i else
                f"unchanging ({change} bits)" if change < settings.least_change else None)
-        tags = (row.get("tags") or {}) | ({"cluster": best} if sizes[near.of(i)] > 1 else {})
+        tags = (row.get("tags") or {}) | ({"cluster": ranked[best]["id"]} if sizes[best] > 1 else {})
         dropped[order[i]] = row | {"tags": tags, "dropped": why}
     return dropped
 
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
-        rows = list(placed(manifest.read(args.source), args.source.parent, args.out.parent))
+        rows = list(manifest.placed(manifest.read(args.source), args.source.parent, args.out.parent))
         live = [i for i, row in enumerate(rows) if not row["dropped"]]
         for i, row in zip(live, work([rows[i] for i in live], manifest.Job(args.out.parent, settings)), strict=True):
             rows[i] = row
@@ -202,13 +202,6 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print(f"{args.out}: {len(live)} clips, {sum(bool(rows[i]['dropped']) for i in live)} of them there twice")
     return 0
-
-
-def placed(rows: Iterable[Row], folder: Path, out: Path) -> Iterator[Row]:
-    """Rows whose paths start at `folder`, with paths that start at `out`."""
-    folder, out = folder.resolve(), out.resolve()
-    for row in rows:
-        yield row | {"path": Path(os.path.relpath(folder / row["path"], out)).as_posix()} if row.get("path") else row
 
 
 if __name__ == "__main__":

@@ -138,6 +138,13 @@ def _table(path: Path, rows: list[Row], schema: pa.Schema) -> pa.Table:
         raise ValueError(f"{path}: a value does not fit the manifest's schema ({error})") from None
 
 
+def placed(rows: Iterable[Row], folder: Path, out: Path) -> Iterator[Row]:
+    """Rows whose paths start at `folder`, with paths that start at `out`."""
+    for row in rows:
+        path = row.get("path") and Path(os.path.relpath((folder / row["path"]).resolve(), out.resolve())).as_posix()
+        yield row | {"path": path}
+
+
 def row(path: Path, caption: str, folder: Path, out: Path) -> Row:
     """The row of a whole video file of `folder`, for a manifest `out`."""
     name = Path(os.path.relpath(path, folder)).as_posix()
