@@ -68,7 +68,9 @@ def nsfw(images: list[np.ndarray]) -> float:
 
 
 def aesthetics(images: list[np.ndarray], function: str) -> float:
-    """What a user's `module:function` gives for the pictures, a number. Raises ValueError where it cannot be had."""
+    """What a user's `module:function` gives for the pictures, a number; "" is none. Raises ValueError where it cannot be had."""
+    if not function:
+        raise ValueError("no weights")
     module, _, name = function.partition(":")
     try:
         scored = getattr(importlib.import_module(module), name)

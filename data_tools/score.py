@@ -16,7 +16,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,6 @@ SCORES = {
     "aesthetics": "what the function in the settings says",
     "phash": "no number: perceptual hashes of four pictures, 16 hex digits each, in tags",
 }
-FROM_ROW = ("length_s", "caption_words", "language", "repaired_share", "repair_confidence")
 LOOKS = (1 / 8, 3 / 8, 5 / 8, 7 / 8)  # of the span: pictures that are hashed and that networks see
 IN_A_ROW = 16  # pictures from each of them on that are looked at for combs
 IN_A_ROW_MIB = 64  # that these may take
@@ -96,25 +95,13 @@ def work(rows: list[Row], job: Job) -> list[Row]:
 def scored(row: Row, folder: Path, settings: Settings) -> Row:
     """A row with its scores; `folder` is where its path starts. Never raises for what the clip holds."""
     tags, scores = dict(row.get("tags") or {}), dict(row.get("scores") or {})
-    problems: dict[str, str] = {}
-    key = _key(row, settings)
-    pixels = [name for name in settings.scores if name not in FROM_ROW]
-    todo = pixels if tags.get("scored") != key else [name for name in pixels if name not in scores and name not in tags]
-    for name in todo:  # what is there was computed from another file or span, or is a measure of the source's own
-        scores.pop(name, None)
-        tags.pop(name, None)
     found: dict[str, Any] = {}
-    for name in settings.scores:
-        if name in FROM_ROW and not (name == "language" and tags.get("language")):
-            _compute(name, lambda name=name: OF_ROW[name](row), found, problems)
-    dropped, path = None, folder / row["path"]
-    if todo:
-        try:
-            found |= of_file(path, row.get("start_s") or 0.0, row.get("end_s"), todo, settings, problems)
-            tags["scored"] = key
-        except Exception as error:  # whatever a broken file does to a decoder costs this clip alone
-            kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-            dropped = f"cannot be read ({kind}{str(error).removeprefix(f'{path}: ')})"
+    problems: dict[str, str] = {}
+    for name, function in OF_ROW.items():
+        if name in settings.scores and name not in tags:  # a language that the source gives stays
+            _compute(name, function, row, found, problems)
+    pixels = [name for name in settings.scores if name not in OF_ROW]
+    dropped = _from_pixels(row, folder / row["path"], pixels, settings, scores, tags, found, problems) if pixels else None
     for name, value in found.items():
         if isinstance(value, str):
             tags[name] = value
@@ -126,15 +113,34 @@ def scored(row: Row, folder: Path, settings: Settings) -> Row:
     return row | {"scores": scores, "tags": tags} | ({"dropped": dropped} if dropped else {})
 
 
+def _from_pixels(row: Row, path: Path, names: list[str], settings: Settings, scores: dict[str, float], tags: dict[str, str],
+                 found: dict[str, Any], problems: dict[str, str]) -> str | None:
+    """Adds what is not there yet to `found`; gives why the clip is dropped, if its file cannot be read."""
+    key = _key(row, settings)
+    todo = names if tags.get("scored") != key else [name for name in names if name not in scores and name not in tags]
+    for name in todo:  # what is there is of another file or span, or is a measure of the source's own
+        scores.pop(name, None)
+        tags.pop(name, None)
+    try:
+        if todo:
+            found |= of_file(path, row.get("start_s") or 0.0, row.get("end_s"), todo, settings, problems)
+            tags["scored"] = key
+    except Exception as error:  # whatever a broken file does to a decoder costs this clip alone
+        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        return f"cannot be read ({kind}{str(error).removeprefix(f'{path}: ')})"
+    return None
+
+
 def _key(row: Row, settings: Settings) -> str:
     """Stands for all that the scores from pixels depend on."""
     about = (VERSION, row.get("sha256") or row.get("path"), row.get("start_s"), row.get("end_s"), settings.aesthetics)
     return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
 
 
-def _compute(name: str, function: Callable[[], Any], found: dict[str, Any], problems: dict[str, str]) -> None:
+def _compute(name: str, function: Callable[..., Any], given: Any, found: dict[str, Any], problems: dict[str, str]) -> None:
+    """Adds function(given) to `found`, or to `problems` why it gives nothing."""
     try:
-        value = function()
+        value = function(given)
         if not isinstance(value, str) and not math.isfinite(value):
             raise Unknown("no finite number came of it")
         found[name] = value
@@ -186,7 +192,7 @@ LINES = {"deinterlace": 0.5}  # share of pixels that a step makes, where it is n
 def _repaired(row: Row) -> float:
     """Of all edits, as if each chose its pixels independently. A step that does not say where it worked counts as everywhere."""
     kept = 1.0
-    for edit in row.get("edits") or []:
+    for edit in row.get("edits") or ():
         if edit["step"] not in NOTHING_NEW:
             kept *= 1 - _made_by(edit["step"], json.loads(edit.get("settings") or "{}"), row)
     return 1 - kept
@@ -452,7 +458,12 @@ OF_TRACE: dict[str, Callable[[Trace], Any]] = {
     "clipped_dark": lambda seen: float(np.mean(seen.clipped, 0)[0]),
     "clipped_bright": lambda seen: float(np.mean(seen.clipped, 0)[1]),
 }
-OF_LOOKS: dict[str, Callable[[list[np.ndarray]], float]] = {"text_area": nets.text_area, "faces": nets.faces, "nsfw": nets.nsfw}
+NETWORKS: dict[str, Callable[[Settings, list[np.ndarray]], float]] = {
+    "text_area": lambda _, images: nets.text_area(images),
+    "faces": lambda _, images: nets.faces(images),
+    "nsfw": lambda _, images: nets.nsfw(images),
+    "aesthetics": lambda settings, images: nets.aesthetics(images, settings.aesthetics),
+}
 
 
 def of_file(path: Path, start_s: float, end_s: float | None, names: list[str], settings: Settings,
@@ -463,16 +474,12 @@ def of_file(path: Path, start_s: float, end_s: float | None, names: list[str], s
     """
     found: dict[str, Any] = {}
     seen = trace(path, start_s, end_s, names)
-    images = cache(lambda: [rgb(picture, seen.kind) for picture in seen.looks])
+    images = [rgb(picture, seen.kind) for picture in seen.looks] if set(names) & set(NETWORKS) else []
     for name in names:
         if name in OF_TRACE:
-            _compute(name, lambda name=name: OF_TRACE[name](seen), found, problems)
-        elif name in OF_LOOKS:
-            _compute(name, lambda name=name: OF_LOOKS[name](images()), found, problems)
-        elif settings.aesthetics:
-            _compute(name, lambda: nets.aesthetics(images(), settings.aesthetics), found, problems)
+            _compute(name, OF_TRACE[name], seen, found, problems)
         else:
-            problems[name] = "no weights"
+            _compute(name, partial(NETWORKS[name], settings), images, found, problems)
     return found
 
 
