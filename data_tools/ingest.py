@@ -1,10 +1,13 @@
 """Reads the lists of open video sets into the one manifest: a clip a row, times exact, nothing vanishes.
 
     python -m data_tools.ingest internvid InternVid-10M-flt.jsonl out/flt.parquet --files VIDEOS
+    python -m data_tools.ingest folder VIDEOS out/own.parquet
+    python -m data_tools.ingest webdataset SHARDS out/shards.parquet
 
 A reader is a small function from the list's path to clips, one for each layout in READERS. Scores are taken where they are given.
 Lines that cannot be read are counted and shown, never fatal. Files are found below --files by their names, whole videos and cut
-clips alike; a clip without one keeps its row, dropped as "no file".
+clips alike; a clip without one keeps its row, dropped as "no file". Videos that a list holds itself, in tars or columns of bytes,
+are copied to sources/ID.mp4 beside the manifest, once.
 """
 
 import argparse
@@ -13,20 +16,24 @@ import csv
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import sys
+import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from data_tools import manifest
+from data_tools import licence, manifest
 from latte.clips import VIDEO_SUFFIXES
+from latte.video import renamed_when_whole
 
+VERSION = "1"  # raised when a list gives other rows than before
 csv.field_size_limit(2**31 - 1)  # a row of Panda-70M holds all clips of its video
 
 
@@ -44,7 +51,9 @@ class Listed:
     scores: dict[str, Any] = field(default_factory=dict)
     tags: dict[str, Any] = field(default_factory=dict)
     captions: dict[str, Any] = field(default_factory=dict)  # of the manifest's kinds
-    facts: dict[str, Any] = field(default_factory=dict)  # width, height, fps, frames
+    facts: dict[str, Any] = field(default_factory=dict)  # columns of the row that the list knows better: width, height, fps, ...
+    held: Callable[[], bytes] | None = None  # gives the file's bytes, where they lie in the list itself
+    size: int = 0  # of these bytes
 
 
 class Bad(ValueError):
@@ -209,7 +218,7 @@ def video2dataset(path: Path) -> Iterator[Entry]:
     """The input of video2dataset, CSV or Parquet: url, caption, and clips, a list of [start, end]."""
     def clips(row: dict[str, Any]) -> list[Listed]:
         url = row.get("url") or row.get("contentUrl") or row["videoURL"]
-        video = row.get("videoID") or (re.search(r"(?:v=|youtu\.be/)([\w-]{11})", url) or [None, url])[1]
+        video = row.get("videoID") or _tube(url) or url
         spans = row.get("clips") or [(None, None)]
         spans = ast.literal_eval(spans) if isinstance(spans, str) else spans
         return [Listed(video, *(None if time is None else seconds(time) for time in span), row.get("caption") or "", url=url)
@@ -222,30 +231,169 @@ def video2dataset(path: Path) -> Iterator[Entry]:
 
 
 def table(path: Path) -> Iterator[Entry]:
-    """Any CSV, JSON lines or Parquet, as exported from a hub's data set, with the columns file (or path or video) and caption (or
-    text); start, end in seconds, url, id and numbers, which become scores, are taken if they are there."""
-    rows = _parquet(path) if path.suffix == ".parquet" else _lines(path) if path.suffix in (".jsonl", ".json") else _table(path)
+    """CSV, JSON, Parquet or Arrow with a row a clip, or a folder of them: also a data set of a hub, saved to disk or exported.
 
-    def clip(row: dict[str, Any]) -> Listed:
-        file = next((row[key] for key in ("file", "path", "video", "file_name") if isinstance(row.get(key), str)), None)
-        if not file:
-            raise Bad("no column file, path or video")
-        known = {"file", "path", "video", "file_name", "caption", "text", "start", "end", "url", "id"}
-        scores = {key: value for key, value in row.items() if key not in known and _number(value) is not None}
-        times = (seconds(row[key]) if row.get(key) not in (None, "") else None for key in ("start", "end"))
-        return Listed(Path(file).stem, *times, row.get("caption") or row.get("text") or "", str(row.get("id") or ""), file,
-                      row.get("url") or "", scores=scores)
+    Columns: the video (file, path, video, ...: a name, or bytes), caption or text; start and end in seconds, url, id, licence and
+    numbers, which become scores, are taken if they are there.
+    """
+    for file in _tables(path):
+        rows = {".parquet": _parquet, ".arrow": _arrow, ".csv": _table}.get(file.suffix, _lines)(file)
+        below = file.parent.relative_to(path) if path.is_dir() else Path()
+        try:
+            for row in rows:
+                yield row if isinstance(row, Bad) else _attempt(lambda row=row, below=below: _tabled(row, below))
+        except (manifest.pa.ArrowException, csv.Error, OSError) as error:
+            yield Bad(f"{file}: {error}")
 
-    for row in rows:
-        yield row if isinstance(row, Bad) else _attempt(lambda row=row: clip(row))
+
+def _tables(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if (path / "dataset_dict.json").is_file():  # splits, saved to disk
+        return [file for split in _json(path / "dataset_dict.json")["splits"] for file in _tables(path / split)]
+    if (path / "state.json").is_file():
+        return [path / file["filename"] for file in _json(path / "state.json")["_data_files"]]
+    return sorted(file for file in path.rglob("*") if file.suffix in (".parquet", ".arrow", ".jsonl", ".csv"))
+
+
+def _tabled(row: dict[str, Any], below: Path) -> Listed:
+    """The clip of a table's row. Raises Bad where it names no video."""
+    cell = next((row[key] for key in FILE_COLUMNS if row.get(key)), None)
+    cell = cell[0] if isinstance(cell, list) else cell
+    data, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None) if (
+        isinstance(cell, bytes)) else (None, cell)
+    if not data and not isinstance(name, str):
+        raise Bad(f"no video in a column {', '.join(FILE_COLUMNS)}")
+    name = (below / name).as_posix() if name else f"{hashlib.sha256(data).hexdigest()}.mp4"
+    clip = _told(row, Path(name).stem)
+    clip.file = name
+    if data:
+        clip.held, clip.size = lambda: data, len(data)
+    return clip
+
+
+FILE_COLUMNS = ("file", "path", "video", "file_name", "video_path", "mp4", "videos", "clip")
+FACT_COLUMNS = {"width": "width", "height": "height", "fps": "fps", "frames": "frames", "num_frames": "frames"}
+OTHER_COLUMNS = ("caption", "text", "url", "id", "key", "licence", "license", "start", "end")
+
+
+def _told(about: dict[str, Any], stem: str) -> Listed:
+    """What a table's row or the JSON beside a video tells of it: see `table`. JSON of data_tools.shard is a whole row."""
+    if {"id", "sha256", "start_s", "end_s"} <= set(about) <= set(manifest.SCHEMA.names):
+        return _ours(about)
+    url, told = about.get("url") or "", about.get("licence") or about.get("license")
+    spans = about.get("clips") or [[about.get("start"), about.get("end")]]  # of video2dataset: the one span that was cut
+    times = [None if time in (None, "") else seconds(time) for time in spans[0]] if len(spans) == 1 else [None, None]
+    numbers = {key: number for key, value in about.items() if (number := _number(value)) is not None}
+    facts = {ours: numbers[theirs] if ours == "fps" else int(numbers[theirs])
+             for theirs, ours in FACT_COLUMNS.items() if numbers.get(theirs)}
+    scores = {key: numbers[key] for key in numbers if key not in (*FILE_COLUMNS, *FACT_COLUMNS, *OTHER_COLUMNS)}
+    return Listed(str(about.get("videoID") or _tube(url) or stem), *times, about.get("caption") or about.get("text") or "",
+                  str(about.get("id") or about.get("key") or ""), url=url, scores=scores,
+                  facts=facts | ({"licence": str(told)} if told else {}))
+
+
+def _ours(about: dict[str, Any]) -> Listed:
+    """The clip whose row data_tools.shard wrote. Raises ValueError or TypeError for values that no row can have."""
+    if not re.fullmatch(r"\w{1,64}", about["id"]):
+        raise Bad(f"not an id of ours: {about['id']!r}")
+    columns = manifest.pa.schema([manifest.SCHEMA.field(key) for key in about])
+    manifest.pa.RecordBatch.from_pylist([about], columns)
+    return Listed(about.get("video") or about["id"], about.get("from_s"), about.get("to_s"), about.get("caption") or "",
+                  about["id"], facts={key: value for key, value in about.items() if key not in ("path", "shard", "dropped")})
+
+
+def webdataset(path: Path) -> Iterator[Entry]:
+    """Tar shards of NAME.mp4 with NAME.txt and NAME.json beside it, a file or all below a folder; our own give their rows back."""
+    for shard in sorted(path.rglob("*.tar")) if path.is_dir() else [path]:
+        try:
+            with tarfile.open(shard, "r:") as tar:
+                files = (member for member in tar if member.isfile())
+                for key, members in itertools.groupby(files, lambda member: member.name.rpartition(".")[0]):
+                    parts = {member.name.removeprefix(f"{key}.").lower(): member for member in members}
+                    yield _attempt(lambda tar=tar, key=key, parts=parts, shard=shard: _sharded(tar, f"{shard.stem}/{key}", parts))
+        except (tarfile.TarError, OSError) as error:
+            yield Bad(f"{shard}: {error}; a shard is a plain tar")
+
+
+def _sharded(tar: tarfile.TarFile, name: str, parts: dict[str, tarfile.TarInfo]) -> Listed:
+    suffix = next((suffix for suffix in parts if f".{suffix}" in VIDEO_SUFFIXES), None)
+    if suffix is None:
+        raise Bad(f"{name}: no video of that name")
+
+    def content(suffix: str) -> bytes:
+        return tar.extractfile(parts[suffix]).read() if suffix in parts else b""
+
+    clip = _told(json.loads(content("json") or b"{}"), name)
+    clip.caption = clip.caption or content("txt").decode(errors="replace")
+    clip.name = clip.name or name.partition("/")[2]
+    clip.file = f"{name}.{suffix}"
+    clip.held, clip.size = lambda: content(suffix), parts[suffix].size
+    return clip
+
+
+def folder(path: Path) -> Iterator[Entry]:
+    """Videos anywhere below a folder, with NAME.txt or NAME.json beside NAME.mp4, or captions.csv or metadata.csv with the columns
+    file (or file_name) and caption (or text). The one reader that looks into every file, as data_tools.manifest does."""
+    table = next((path / name for name in ("captions.csv", "metadata.csv") if (path / name).is_file()), None)
+    rows = _table(table) if table else ()
+    told = {name: row for row in rows if (name := next((row[key] for key in FILE_COLUMNS if row.get(key)), None))}
+    there = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES}
+    seen: set[str] = set()
+    for name in sorted(there | set(told)):
+        clip = _attempt(lambda name=name: _own(path, name, told.get(name)))
+        if isinstance(clip, Listed):
+            if clip.facts["id"] in seen:  # a copy of another file: a row of its own
+                clip.facts["id"] = hashlib.sha256(f"{clip.facts['id']} {name}".encode()).hexdigest()
+            seen.add(clip.facts["id"])
+        yield clip
+
+
+def _own(path: Path, name: str, about: dict[str, Any] | None) -> Listed:
+    text, held = ((path / name).with_suffix(suffix) for suffix in (".txt", ".json"))
+    if about is None:
+        about = _json(held) if held.is_file() else {}
+        about |= {"caption": text.read_text(encoding="utf-8", errors="replace")} if text.is_file() else {}
+    clip = _told(about, name)
+    clip.name = clip.file = name
+    seen = manifest.row(path / name, clip.caption, path, path / "manifest.parquet")
+    clip.facts |= {key: seen[key] for key in seen if key not in ("path", "caption", "caption_source", "scores", "edits")}
+    if clip.facts.get("dropped") == "no caption":  # here `List.captioned` says whether that matters
+        del clip.facts["dropped"]
+    return clip
 
 
 READERS: dict[str, Reader] = {
     "internvid": internvid, "panda": panda, "openvid": openvid, "koala": koala, "webvid": webvid, "vript": vript, "mira0": mira0,
-    "mira1": mira1, "hdvg": hdvg, "video2dataset": video2dataset, "table": table}
-LICENCES = {"internvid": "CC-BY-NC-SA-4.0 (annotations)", "panda": "non-commercial research (Panda-70M, HD-VILA)",
-            "openvid": "CC-BY-4.0, research", "koala": "non-commercial (Koala-36M)", "webvid": "withdrawn", "vript": "research",
-            "mira0": "non-commercial (MiraData)", "mira1": "non-commercial (MiraData)", "hdvg": "academic (HD-VG-130M)"}
+    "mira1": mira1, "hdvg": hdvg, "video2dataset": video2dataset, "webdataset": webdataset, "huggingface": table, "table": table,
+    "folder": folder}
+
+
+@dataclass(frozen=True)
+class List:
+    """A list of clips, and where its videos are."""
+
+    kind: str  # one of READERS
+    list: str  # the file, or the folder
+    files: str = ""  # folder of the videos or clips; empty: the list itself where it is a folder
+    source: str = ""  # name of the collection; empty: the kind, or the folder's name
+    licence: str = ""  # of the clips, if it is not what the list says of itself
+    limit: int = 0  # entries that are read; 0: all
+    captioned: bool = True  # drop clips without a caption; false where a captioner comes later
+
+    def __post_init__(self):
+        """Raises ValueError naming a kind that there is not, or a limit below 0."""
+        if self.kind not in READERS:
+            raise ValueError(f"kind: {self.kind}: no such kind of list; there are {', '.join(READERS)}")
+        if self.limit < 0:
+            raise ValueError(f"limit: {self.limit} entries cannot be read; 0 reads all")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The lists that make one manifest."""
+
+    lists: list[List] = field(default_factory=list)
 
 
 class Files:
@@ -270,59 +418,96 @@ class Files:
         return self._by_stem.get(clip.video), True
 
 
+def inputs(settings: Settings) -> list[list]:
+    """What the rows depend on beside the settings: names, sizes and times of the lists and the videos."""
+    places = [Path(place) for part in settings.lists for place in (part.list, part.files) if place]
+    files = (file for place in places for file in (sorted(place.rglob("*")) if place.is_dir() else [place]) if file.is_file())
+    return [[file.as_posix(), (about := file.stat()).st_size, about.st_mtime_ns] for file in files]
+
+
+def listed(settings: Settings, out: Path, counts: Counter | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of all lists, for a manifest in the folder `out`; one that an earlier list had is not repeated.
+
+    counts gets how many there are, lack a file or a caption, or are bad lines. Rows come as they are read, so a list may be longer
+    than memory. Raises ValueError naming a list or folder that is not there.
+    """
+    seen: set[str] = set()
+    for part in settings.lists:
+        for key, place in (("list", part.list), ("files", part.files)):
+            if place and not Path(place).exists():
+                raise ValueError(f"{place}: no such {key}")
+    for part in settings.lists:
+        here: Counter = Counter()
+        yield from _rows_of(part, out, here, seen)
+        if counts is not None:
+            counts.update(here)
+        print(f"ingest {part.list}: " + ", ".join(f"{count} {name}" for name, count in here.items()), file=sys.stderr)
+
+
 def ingest(kind: str, path: Path, out: Path, files: Path | None = None, licence: str | None = None,
            limit: int | None = None) -> Counter:
-    """Reads a list of one of READERS into a manifest; gives how many clips it has, lack a file or a caption, or are bad lines.
-
-    Rows are written as they come, so the list may be longer than memory. Raises ValueError naming a list that is not there or
-    of an unknown kind.
-    """
-    if kind not in READERS:
-        raise ValueError(f"{kind}: no such kind of list; there are {', '.join(READERS)}")
-    if not path.exists():
-        raise ValueError(f"{path}: no such list")
+    """Reads a list of one of READERS into the manifest `out`; gives how many clips it has, lack a file or a caption, or are bad
+    lines. Raises ValueError naming a list that is not there or of an unknown kind."""
     counts: Counter = Counter()
-    found = Files(files)
-    entries = itertools.islice(READERS[kind](path), limit)
-    rows = _as_rows(tqdm(entries, desc=f"ingest {path.name}", unit=" clips", disable=None), kind, found, out,
-                    licence or LICENCES.get(kind), counts)
-    manifest.write(out, rows)
+    part = List(kind, str(path), str(files or ""), licence=licence or "", limit=limit or 0)
+    manifest.write(out, listed(Settings([part]), out.parent, counts))
     return counts
 
 
-def _as_rows(entries: Iterable[Entry], kind: str, files: Files, out: Path, licence: str | None,
-             counts: Counter) -> Iterator[dict[str, Any]]:
-    here, seen = out.resolve().parent, set()
-    for entry in entries:
-        if isinstance(entry, Bad):
+def _rows_of(part: List, out: Path, counts: Counter, seen: set[str]) -> Iterator[dict[str, Any]]:
+    path, here = Path(part.list), out.resolve()
+    files = Files(Path(part.files) if part.files else path if path.is_dir() else None)
+    entries = itertools.islice(READERS[part.kind](path), part.limit or None)
+    for entry in tqdm(entries, desc=f"ingest {path.name}", unit=" clips", disable=None):
+        wrong = entry if isinstance(entry, Bad) else None
+        if wrong is None and entry.from_s is not None and (entry.to_s is None or not 0 <= entry.from_s < entry.to_s):
+            wrong = Bad(f"{entry.name or entry.video}: from {entry.from_s} to {entry.to_s} s is no span")
+        if wrong is not None:
             counts["bad lines"] += 1
             if counts["bad lines"] <= 5:
-                print(f"passed over: {entry}", file=sys.stderr)
+                print(f"passed over: {wrong}", file=sys.stderr)
             continue
-        if entry.from_s is not None and (entry.to_s is None or not 0 <= entry.from_s < entry.to_s):
-            counts["bad lines"] += 1
-            continue
-        about = f"{kind} {entry.video} {entry.from_s} {entry.to_s} {entry.name}"
-        key = hashlib.sha256(about.encode(errors="replace")).hexdigest()
-        if key[:20] in seen:
+        row = _row(entry, part)
+        if row["id"][:20] in seen:
             counts["repeated"] += 1
             continue
-        seen.add(key[:20])
-        path, whole = files.find(entry)
-        length = None if entry.from_s is None else entry.to_s - entry.from_s
-        times = (entry.from_s, entry.to_s) if whole else (0.0, length)
-        caption = " ".join(entry.caption.split())
-        dropped = "no file" if path is None else None if caption else "no caption"
+        seen.add(row["id"][:20])
+        file, whole = _unpacked(entry, row["id"], out) if entry.held else files.find(entry)
+        if "start_s" not in entry.facts:
+            row["start_s"], row["end_s"] = (entry.from_s, entry.to_s) if whole else (
+                (0.0, None if entry.from_s is None else entry.to_s - entry.from_s))
+        row["path"] = file and Path(os.path.relpath(file.resolve(), here)).as_posix()
+        row["dropped"] = "no file" if file is None else row.get("dropped") or (
+            "no caption" if part.captioned and not row["caption"] else None)
         counts["clips"] += 1
-        counts[dropped or "usable"] += 1
-        yield {"id": key, "source": kind, "source_id": entry.name or f"{entry.video}_{entry.from_s}_{entry.to_s}",
-               "video": entry.video, "from_s": entry.from_s, "to_s": entry.to_s, "url": entry.url or None,
-               "path": path and Path(os.path.relpath(path.resolve(), here)).as_posix(), "start_s": times[0], "end_s": times[1],
-               "caption": caption or None, "caption_source": kind if caption else None,
-               "captions": {name: value or None for name, value in entry.captions.items()},
-               "scores": {name: value for name, raw in entry.scores.items() if (value := _number(raw)) is not None},
-               "tags": {name: str(value) for name, value in entry.tags.items() if value not in (None, "")},
-               "edits": [], "dropped": dropped, "licence": licence, **entry.facts}
+        counts[(row["dropped"] or "usable").partition(" (")[0]] += 1
+        yield row
+
+
+def _row(entry: Listed, part: List) -> dict[str, Any]:
+    """The row of a clip, but for where its file is."""
+    about = f"{part.kind} {entry.video} {entry.from_s} {entry.to_s} {entry.name}"
+    caption = " ".join(entry.caption.split())
+    source = part.source or part.kind
+    return {"id": hashlib.sha256(about.encode(errors="replace")).hexdigest(), "source": source,
+            "source_id": entry.name or f"{entry.video}_{entry.from_s}_{entry.to_s}",
+            "video": entry.video, "from_s": entry.from_s, "to_s": entry.to_s, "url": entry.url or None,
+            "caption": caption or None, "caption_source": source if caption else None,
+            "captions": {name: value or None for name, value in entry.captions.items()},
+            "scores": {name: value for name, raw in entry.scores.items() if (value := _number(raw)) is not None},
+            "tags": {name: str(value) for name, value in entry.tags.items() if value not in (None, "")},
+            "edits": [], "licence": licence.OF_LISTS.get(part.kind), **entry.facts} | (
+                {"licence": part.licence} if part.licence else {}) | ({"source": part.source} if part.source else {})
+
+
+def _unpacked(entry: Listed, key: str, out: Path) -> tuple[Path, bool]:
+    """The file that a list's own bytes were copied to, now or by an earlier run; it is the clip alone, as in Files.find."""
+    suffix = Path(entry.file).suffix.lower()
+    path = out / "sources" / f"{key}{suffix if suffix in VIDEO_SUFFIXES else '.mp4'}"
+    if not path.is_file() or path.stat().st_size != entry.size:
+        with renamed_when_whole(path) as part:
+            part.write_bytes(entry.held())
+    return path, False
 
 
 def _attempt(read: Callable[[], Any]) -> Any:
@@ -345,7 +530,12 @@ def _table(path: Path) -> Iterator[dict[str, str]]:
 
 
 def _lines(path: Path) -> Iterator[Any]:
+    """The objects of JSON lines, or of one JSON list."""
     with open(path, encoding="utf-8", errors="replace") as file:
+        if file.read(1) == "[":
+            yield from _json(path)
+            return
+        file.seek(0)
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
@@ -359,15 +549,30 @@ def _json(path: Path) -> Any:
 
 
 def _parquet(path: Path) -> Iterator[dict[str, Any]]:
-    for group in manifest.pq.ParquetFile(path).iter_batches(manifest.ROWS):
-        yield from group.to_pylist()
+    with manifest.pq.ParquetFile(path) as file:
+        heavy = any(manifest.pa.types.is_nested(kind) or manifest.pa.types.is_binary(kind) for kind in file.schema_arrow.types)
+        for group in file.iter_batches(16 if heavy else manifest.ROWS):
+            yield from group.to_pylist()
+
+
+def _arrow(path: Path) -> Iterator[dict[str, Any]]:
+    with manifest.pa.memory_map(str(path)) as file:
+        for group in manifest.pa.ipc.open_stream(file):
+            for i in range(len(group)):  # a row may hold a whole video
+                yield from group.slice(i, 1).to_pylist()
+
+
+def _tube(url: str) -> str | None:
+    found = re.search(r"(?:v=|youtu\.be/)([\w-]{11})", url)
+    return found and found[1]
 
 
 def _number(value: Any) -> float | None:
     try:
-        return None if value in (None, "") or isinstance(value, bool) else float(value)
+        number = None if value in (None, "") or isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         return None
+    return number if number is not None and math.isfinite(number) else None
 
 
 def _mira_caption(row: dict[str, str]) -> str:
@@ -382,7 +587,7 @@ def _mira_captions(row: dict[str, str]) -> dict[str, str | None]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_tools.ingest", description=__doc__.splitlines()[0])
     parser.add_argument("kind", help=f"of the list: {', '.join(READERS)}")
-    parser.add_argument("list", type=Path, help="the file, or the folder for vript and hdvg")
+    parser.add_argument("list", type=Path, help="the file, or the folder")
     parser.add_argument("out", type=Path, help="the manifest, .parquet")
     parser.add_argument("--files", type=Path, help="folder of the videos or clips")
     parser.add_argument("--licence", help="of the clips, if it is not the list's own")
@@ -393,7 +598,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{args.out}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    print(f"{args.out}: {counts['clips']} clips")
     return 0
 
 

@@ -63,8 +63,8 @@ def work(rows: list[Row], job: Job) -> list[Row]:
         for number, start in enumerate(range(0, len(fit), settings.clips)):
             name, packed = f"shard-{number:06d}.tar", fit[start:start + settings.clips]
             for row in packed:
-                row["sha256"] = row.get("sha256") or _sha256(job.out / row["path"])
-            key = hashlib.sha256(json.dumps([VERSION, [_text(row) for row in packed]]).encode()).hexdigest()
+                row["sha256"] = row.get("sha256") or sha256_of(job.out / row["path"])
+            key = hashlib.sha256(json.dumps([VERSION, [text(row) for row in packed]]).encode()).hexdigest()
             if not _whole(index.parent / name, held.get(name, {}), key):
                 held[name] = {"key": key} | _pack(index.parent / name, packed, job.out)
                 write_json(index, {"shards": held})
@@ -94,7 +94,7 @@ def _whole(path: Path, held: dict[str, Any], key: str) -> bool:
     return held.get("key") == key and path.is_file() and path.stat().st_size == held["bytes"]
 
 
-def _text(row: Row) -> str:
+def text(row: Row) -> str:
     """A clip's JSON: its row but for where it lies here, without empty columns."""
     return json.dumps({key: value for key, value in row.items() if key not in HERE and value is not None}, sort_keys=True,
                       ensure_ascii=False)
@@ -110,16 +110,16 @@ def _pack(path: Path, rows: list[Row], out: Path) -> dict[str, Any]:
                 if hashlib.sha256(pixels).hexdigest() != row["sha256"]:
                     left_out[row["id"]] = "its file is not the one that was made"
                     continue
-                for suffix, data in (("json", _text(row).encode()), ("mp4", pixels), ("txt", (row.get("caption") or "").encode())):
+                for suffix, data in (("json", text(row).encode()), ("mp4", pixels), ("txt", (row.get("caption") or "").encode())):
                     about = tarfile.TarInfo(f"{row['id']}.{suffix}")  # time 0, nobody's
                     about.size = len(data)
                     tar.addfile(about, io.BytesIO(data))
         size = part.stat().st_size
-        digest = _sha256(part)
+        digest = sha256_of(part)
     return {"sha256": digest, "bytes": size, "clips": len(rows) - len(left_out), "left_out": left_out}
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -166,7 +166,7 @@ def publish(out: Path) -> None:
     with renamed_when_whole(out / "CARD.md") as part:
         part.write_text(card(tally, about, shards, out.resolve().name))
     sums = {f"shards/{name}": shard["sha256"] for name, shard in shards.items()}
-    sums |= {name: _sha256(out / name) for name in ("manifest.parquet", "CARD.md")}
+    sums |= {name: sha256_of(out / name) for name in ("manifest.parquet", "CARD.md")}
     with renamed_when_whole(out / "SHA256SUMS") as part:
         part.write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
 

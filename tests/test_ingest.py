@@ -1,13 +1,19 @@
 """Lists of open video sets become manifests: every layout, exact times, files by several habits, bad lines counted."""
 
 import csv
+import io
 import json
+import tarfile
+from collections import Counter
+from dataclasses import replace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from data_tools import ingest, manifest
+from latte import video
 
 ID = "a_b-C_d-E_f"  # eleven characters, as YouTube's are
 
@@ -166,3 +172,136 @@ def test_bad_words_are_refused(tmp_path, capsys):
     assert ingest.main(["internvid", str(tmp_path / "x.jsonl"), str(tmp_path / "m.parquet")]) == 1
     assert "no such list" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def clip_bytes(tmp_path, seed=0):
+    """The bytes of a small video."""
+    picture = np.random.default_rng(seed).integers(0, 256, (4, 4, 3)).repeat(4, 0).repeat(4, 1).astype(np.uint8)
+    video.write(tmp_path / "made.mp4", np.stack([picture] * 4), 8)
+    data = (tmp_path / "made.mp4").read_bytes()
+    (tmp_path / "made.mp4").unlink()
+    return data
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            about = tarfile.TarInfo(name)
+            about.size = len(data)
+            tar.addfile(about, io.BytesIO(data))
+
+
+def test_webdataset_shards_are_read_and_unpacked_once(tmp_path, capsys):
+    place = tmp_path / "shards"
+    place.mkdir()
+    data = clip_bytes(tmp_path)
+    about = {"url": f"https://www.youtube.com/watch?v={ID}", "clips": [["00:00:01.000", "00:00:01.500"]], "aesthetic": 5.5,
+             "width": 640, "caption": "from json", "license": "CC-BY-4.0"}
+    write_tar(place / "00000.tar", {
+        "00000_00001.mp4": data, "00000_00001.txt": b"a  dog", "00000_00002.json": json.dumps(about).encode(),
+        "00000_00002.MP4": data, "../../etc/evil.mp4": data, "words.txt": b"no video", "a/x_1.5_2.5.mp4": data})
+    write_tar(place / "00001.tar", {"00001_00001.mp4": data, "broken.json": b"{", "broken.mp4": data})
+    whole = (place / "00001.tar").read_bytes()
+    (place / "00002.tar").write_bytes(whole[:len(data) // 2])
+    rows, counts = rows_of("webdataset", place, tmp_path / "out")
+    assert counts == {"clips": 5, "usable": 2, "no caption": 3, "bad lines": 3}
+    assert "words: no video" in (told := capsys.readouterr().err) and "00002.tar" in told
+    by_name = {row["source_id"]: row for row in rows}
+    plain, spanned = by_name["00000_00001"], by_name["00000_00002"]
+    assert (plain["caption"], plain["video"], plain["start_s"]) == ("a dog", "00000/00000_00001", 0.0)
+    assert (spanned["video"], spanned["from_s"], spanned["to_s"], spanned["end_s"]) == (ID, 1.0, 1.5, 0.5)
+    assert (spanned["scores"], spanned["width"], spanned["licence"]) == ({"aesthetic": 5.5}, 640, "CC-BY-4.0")
+    assert "a/x_1.5_2.5" in by_name
+    files = sorted((tmp_path / "out" / "sources").iterdir())
+    assert [file.name for file in files] == sorted(f"{row['id']}.mp4" for row in rows)  # whatever the names in the tar
+    assert all(file.read_bytes() == data for file in files)
+    stamps = [file.stat().st_mtime_ns for file in files]
+    files[0].write_bytes(data[:-1])  # as if cut off
+    assert rows_of("webdataset", place, tmp_path / "out")[0] == rows
+    assert files[0].read_bytes() == data
+    assert [file.stat().st_mtime_ns for file in files][1:] == stamps[1:]
+
+
+def test_data_sets_of_a_hub(tmp_path):
+    data, other = clip_bytes(tmp_path), clip_bytes(tmp_path, 1)
+    cells = pa.array([{"bytes": data, "path": "a.mp4"}, {"bytes": None, "path": "b.mp4"}, None],
+                     pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    columns = pa.table({"video": cells, "text": ["one", "two", "three"], "likes": [1, 2, 3]})
+    for split in ("train", "test"):  # as Dataset.save_to_disk leaves it
+        place = tmp_path / "disk" / split
+        place.mkdir(parents=True)
+        part = columns if split == "train" else columns.slice(0, 1).set_column(1, "text", pa.array(["four"])).set_column(
+            0, "video", pa.array([{"bytes": other, "path": None}], cells.type))
+        with pa.OSFile(str(place / "data-00000-of-00001.arrow"), "wb") as file, pa.ipc.new_stream(file, part.schema) as writer:
+            writer.write_table(part)
+        (place / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
+        (place / "dataset_info.json").write_text("{}")
+    (tmp_path / "disk" / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
+    (tmp_path / "disk" / "train" / "b.mp4").write_bytes(other)
+    rows, counts = rows_of("huggingface", tmp_path / "disk", tmp_path / "out")
+    assert [(row["caption"], row["scores"]["likes"]) for row in rows] == [("one", 1), ("two", 2), ("four", 1)]
+    assert counts["bad lines"] == 1
+    assert [(tmp_path / "out" / row["path"]).read_bytes() for row in rows] == [data, other, other]
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    pq.write_table(columns, tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
+    rows, _ = rows_of("huggingface", tmp_path / "hub", tmp_path / "out")
+    assert [row["dropped"] for row in rows] == [None, "no file"]
+    (tmp_path / "plain" / "train").mkdir(parents=True)
+    (tmp_path / "plain" / "train" / "b.mp4").write_bytes(other)
+    line = {"file_name": "b.mp4", "text": "five", "start": 0.25, "end": 0.5}
+    (tmp_path / "plain" / "train" / "metadata.jsonl").write_text(json.dumps(line))
+    (tmp_path / "plain" / "more.csv").write_text("file_name,text\ntrain/b.mp4,six\n")
+    (tmp_path / "plain" / "broken.parquet").write_bytes(b"PAR1")
+    rows, counts = rows_of("huggingface", tmp_path / "plain", tmp_path / "out")
+    assert {row["caption"] for row in rows} == {"five", "six"} and counts["bad lines"] == 1
+    assert {row["path"] for row in rows} == {"../plain/train/b.mp4"}
+    (tmp_path / "l.json").write_text(json.dumps([{"video": "train/b.mp4", "caption": "seven"}]))
+    (row,), _ = rows_of("table", tmp_path / "l.json", tmp_path, files=tmp_path / "plain")
+    assert row["path"] == "plain/train/b.mp4"
+
+
+def test_a_folder_agrees_with_the_manifest_of_a_folder(tmp_path):
+    place = tmp_path / "films"
+    (place / "more").mkdir(parents=True)
+    for number, name in enumerate(("a", "more/b", "more/c", "mute")):
+        (place / f"{name}.mp4").write_bytes(clip_bytes(tmp_path, number))
+    (place / "a.txt").write_text("a  ball\n")
+    (place / "more" / "b.json").write_text(json.dumps({"caption": "a box", "beauty": 3, "licence": "CC0"}))
+    (place / "more" / "c.mp4").write_bytes(b"no video")
+    (place / "more" / "c.txt").write_text("nothing")
+    rows, counts = rows_of("folder", place, tmp_path)
+    manifest.main([str(place), str(tmp_path / "n.parquet")])
+    theirs = {row["source_id"]: row for row in manifest.read(tmp_path / "n.parquet")}
+    assert [row["source_id"] for row in rows] == ["a.mp4", "more/b.mp4", "more/c.mp4", "mute.mp4"]
+    for row in rows:
+        for key in ("id", "path", "sha256", "start_s", "end_s", "width", "height", "fps", "frames", "source"):
+            assert row[key] == theirs[row["source_id"]][key], key
+    assert counts == {"clips": 4, "usable": 2, "unreadable": 1, "no caption": 1}
+    assert (rows[0]["caption"], rows[1]["caption"]) == ("a ball", "a box")
+    assert (rows[1]["scores"], rows[1]["licence"]) == ({"beauty": 3}, "CC0")
+    (place / "metadata.csv").write_text("file_name,text\na.mp4,from the table\nmore/gone.mp4,gone\n")
+    (place / "copy.mp4").write_bytes((place / "a.mp4").read_bytes())
+    listed = ingest.List("folder", str(place), captioned=False, source="own", licence="CC0")
+    rows = list(ingest.listed(ingest.Settings([listed]), tmp_path))
+    assert {row["source_id"]: row["caption"] for row in rows}["a.mp4"] == "from the table"
+    assert {row["source_id"]: (row["dropped"] or "").partition(" (")[0] for row in rows} == {
+        "a.mp4": "", "copy.mp4": "", "more/b.mp4": "", "mute.mp4": "", "more/c.mp4": "unreadable", "more/gone.mp4": "no file"}
+    assert len({row["id"] for row in rows}) == len(rows) == 6
+    assert {row["source"] for row in rows} == {"own"}
+
+
+def test_several_lists_make_one_manifest(tmp_path):
+    line = {"YoutubeID": ID, "Start_timestamp": "00:00:01.000", "End_timestamp": "00:00:04.000", "Caption": "c"}
+    for name, lines in (("flt", [line, line | {"YoutubeID": "-" * 11}]), ("aes", [line | {"Aesthetic_Score": 5.0}])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    lists = [ingest.List("internvid", str(tmp_path / f"{name}.jsonl")) for name in ("flt", "aes")]
+    settings = ingest.Settings([*lists, replace(lists[0], limit=1, source="again")])
+    counts = Counter()
+    rows = list(ingest.listed(settings, tmp_path, counts))
+    assert len(rows) == 2 and counts["repeated"] == 2
+    assert ingest.inputs(settings)[0][0].endswith("flt.jsonl")
+    with pytest.raises(ValueError, match="gone.jsonl: no such list"):
+        list(ingest.listed(ingest.Settings([ingest.List("panda", str(tmp_path / "gone.jsonl"))]), tmp_path))
+    for wrong, name in ((dict(kind="x"), "kind: x"), (dict(limit=-1), "limit: -1")):
+        with pytest.raises(ValueError, match=name):
+            ingest.List(**{"kind": "panda", "list": "l"} | wrong)
