@@ -18,7 +18,7 @@ from cleanbench.common import Bench, Row
 from data_tools import degrade, film
 
 ONE = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 import cv2, torch
 from data_tools import clean, stage
@@ -27,7 +27,7 @@ before, wall = time.process_time(), time.monotonic()
 with clean.cleaned(Path(sys.argv[1]), clean.Settings(held_mib=int(sys.argv[3]))) as (started, outcome):
     stage.finish(Path(sys.argv[1]), outcome, started, Path(sys.argv[2]), Path(sys.argv[2] + ".json"))
 print(json.dumps({"process_s": time.process_time() - before, "wall_s": time.monotonic() - wall,
-                  "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                  "peak_mib": int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024,
                   "edits": [edit.step for edit in outcome.edits]}))
 """
 
