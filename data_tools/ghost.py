@@ -4,13 +4,15 @@ A trail is y_t = (1 - a) x_t + a y_{t-1}, an echo y_t = (x_t + b x_{t-1}) / (1 +
 How it is found: where the true picture x stands still along the motion v for three pictures, the differences
 E = y_{t-1}(p) - y_{t-2}(p - v), D = y_t(p) - y_{t-1}(p - v) and F = y_{t+1}(p) - y_t(p - v) are in the proportion 1 : a : a^2 for
 a trail, 1 : b : 0 for an echo and 1 : 0 : 0 without a ghost, whatever moved away there and whatever the picture shows. So the
-points (D/E, F/E) of all places with a strong E heap up at one spot of the plane, on a broad and smooth bed of places that do not
-stand still: blur, blends and fades spread over the plane or sit at (1, 1). The method is our own; the heap is read as a Hough
-transform's. All of it is linear, so it holds on shrunken pictures too, where a codec's noise is small.
+points (D/E, F/E) of all places with a strong E heap up at one spot of the plane, on a bed of places that do not stand still. A
+ghost comes after what it is of, while blur, blends, fades and a codec's noise look alike forward and backward in time: so the heap
+of the film backwards is the bed. Of every second picture a trail has the share a^2 and its differences are larger, which shows
+strong trails better. The method is our own; the heap is read as a Hough transform's. All of it is linear, so it holds on shrunken
+pictures too, where a codec's noise is small.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -21,15 +23,16 @@ LOW, HIGH, BINS = -0.3, 1.3, 80  # of the ratios D/E and F/E
 STEP = (HIGH - LOW) / BINS
 TILES = 3  # the picture is looked at in 3 x 3 parts, because a may change over it
 WEAKEST, STRONGEST = 0.08, 0.82  # of a and b: below, a ghost cannot be seen; above, it is a dissolve
+DISTANT = 0.4  # least share that is measured on each second picture
+ALIKE = 0.12  # shares that may be one, seen at two strides
 SIGNAL, SIGNAL_CHROMA = 12.0, 5.0  # levels from which on a difference E counts
-CONTRAST = 1.5  # of the heap over its bed, from which on it may be a ghost
-FAINT = 1.3  # the same where there is no heap at (0, 0)
-AMID = 0.8  # and over the heap of the ghostless, at (0, 0)
+STRIDES = 1, 2  # pictures from one to the next: of each second picture a trail has the share a^2, and moves more
+CLEAR = {"trail": 0.8, "echo": 1.3}  # excess from which on it may be a ghost
 PHASES = 15  # evidence is kept apart by the picture's number, so that what comes in cycles of 3 or 5 pictures shows
 NOISE = 0.3  # levels^2: what rounding leaves in a difference of two pictures
 LEFT_OVER = 2.0  # levels^2: the most by which a proved repair differs from the film after the ghost was laid over it again
-RETURNED = 0.95  # least contrast at (0, 0) of a repaired film
-REST, FALL = 1.25, 0.8  # most contrast elsewhere, and most of it beside what it was
+RETURNED = 0.95  # least heap at (0, 0) of a repaired film, over its bed
+FALL = 0.75  # most excess elsewhere, beside what it was
 CUT = 20.0  # levels between pictures, on average, from which on there may be a cut
 GRID = np.arange(0.0, 0.9, 0.01)
 
@@ -43,7 +46,7 @@ class Found:
     across: float = 0.0
     down: float = 0.0
     chroma: bool = True  # whether u and v have it too
-    contrast: float = 2.0  # of its heap over the bed
+    excess: float = 2.0  # of its heap over that of the film backwards; see `_excess`
     confidence: float = 1.0
 
     def weight(self, height: int, width: int) -> np.ndarray | np.float32:
@@ -57,51 +60,48 @@ class Found:
 class Watch:
     """Collects the evidence for ghosts from the pictures of a film in order: `add` each plane, then ask `found`.
 
-    every: how many pictures apart evidence is taken; signal: levels from which on a difference counts. Memory: four shrunken
+    every: how many pictures apart evidence is taken; signal: levels from which on a difference counts. Memory: seven shrunken
     pictures and the counts.
     """
 
     def __init__(self, every: int = 2, signal: float = SIGNAL):
         self.every, self.signal, self.seen, self.recent = every, signal, 0, []
-        self.heap = np.zeros((PHASES, TILES * TILES, BINS, BINS))
+        self.heap = np.zeros((len(STRIDES), 2, PHASES, TILES * TILES, BINS, BINS), np.float32)  # 2: as it runs, and backwards
         self.flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
 
     def add(self, plane: np.ndarray) -> None:
         """The next picture's plane [h w] uint8."""
-        self.recent = [*self.recent[-3:], shrunk(plane)]
-        if self.seen % self.every == 0 and len(self.recent) == 4 and self.recent[0].shape == self.recent[3].shape:
-            self._look(self.seen // self.every % PHASES)
+        self.recent = [*self.recent[-3 * STRIDES[-1]:], shrunk(plane)]
+        if self.recent[0].shape != self.recent[-1].shape:
+            self.recent = self.recent[-1:]
+        if self.seen % self.every == 0 and min(plane.shape) >= 24:
+            for heap, stride in zip(self.heap, STRIDES, strict=True):
+                if len(self.recent) > 3 * stride:
+                    self._look(heap[:, self.seen // self.every % PHASES], *self.recent[-1 - 3 * stride::stride])
         self.seen += 1
 
-    def _look(self, phase: int) -> None:
-        before, last, now, after = self.recent
-        if min(now.shape) < 24:
-            return
+    def _look(self, heap: np.ndarray, before: np.ndarray, last: np.ndarray, now: np.ndarray, after: np.ndarray) -> None:
+        """Adds four pictures to `heap` [2 tiles bins bins], where the ground is followed and where the picture stands."""
         still, moved = last - before, self._motion(last, now)
         if moved is not None:
-            def follow(plane):
-                return cv2.remap(plane, *moved, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
-
-            first = last - follow(before)
-            self._count(phase, first, now - follow(last), after - follow(now))
+            first = last - _followed(before, moved)
+            self._count(heap[0], first, now - _followed(last, moved), after - _followed(now, moved))
+            self._count(heap[1], now - _followed(after, -moved), last - _followed(now, -moved), before - _followed(last, -moved))
             if (np.abs(first) > self.signal).sum() < 0.25 * (np.abs(still) > self.signal).sum():
                 return  # nothing stands still here, and what slides along may heap up anywhere
-        self._count(phase, still, now - last, after - now)
+        self._count(heap[0], still, now - last, after - now)
+        self._count(heap[1], now - after, last - now, before - last)
 
-    def _motion(self, last: np.ndarray, now: np.ndarray, cell: int = 12) -> tuple[np.ndarray, np.ndarray] | None:
-        """Where in `last` the picture around each place of `now` was: coarse, to follow the ground and not what crosses it."""
+    def _motion(self, last: np.ndarray, now: np.ndarray, cell: int = 12) -> np.ndarray | None:
+        """How far from each place of `now` [h w 2] its ground was in `last`: coarse, so as not to follow what crosses it."""
         flow = self.flow.calc(now.astype(np.uint8), last.astype(np.uint8), None)
         h, w = now.shape
         rows, columns = h // cell, w // cell
         cells = flow[:rows * cell, :columns * cell].reshape(rows, cell, columns, cell, 2).transpose(0, 2, 1, 3, 4)
         coarse = np.median(cells.reshape(rows, columns, -1, 2), axis=2).astype(np.float32)
-        if np.abs(coarse).max() < 0.1:
-            return None
-        smooth = cv2.resize(coarse, (w, h), interpolation=cv2.INTER_LINEAR)
-        x, y = np.arange(w, dtype=np.float32), np.arange(h, dtype=np.float32)[:, None]
-        return smooth[..., 0] + x, smooth[..., 1] + y
+        return cv2.resize(coarse, (w, h), interpolation=cv2.INTER_LINEAR) if np.abs(coarse).max() >= 0.1 else None
 
-    def _count(self, phase: int, first: np.ndarray, second: np.ndarray, third: np.ndarray) -> None:
+    def _count(self, heap: np.ndarray, first: np.ndarray, second: np.ndarray, third: np.ndarray) -> None:
         strong = np.abs(first) > self.signal
         strong[:2] = strong[-2:] = strong[:, :2] = strong[:, -2:] = False  # motion leads out of the picture there
         places = np.flatnonzero(strong)
@@ -115,32 +115,39 @@ class Watch:
         tile = places // w * TILES // h * TILES + places % w * TILES // w
         worth = np.clip((np.abs(e) - self.signal) / 10, 0, 4) ** 2 / 4
         index = ((tile * BINS + i) * BINS + j)[inside]
-        self.heap[phase] += np.bincount(index, worth[inside], self.heap[0].size).reshape(self.heap[0].shape)
+        heap += np.bincount(index, worth[inside], heap.size).reshape(heap.shape)
 
     def found(self) -> list[Found]:
         """The ghosts that the pictures so far may show, at most one of each kind, the likelier one first; to be proved."""
         return [self._described(peak) for peak in self._peaks() if peak.clear and self._steady(peak)]
 
+    def at_rest(self) -> float:
+        """How far the heap at (0, 0) stands out: of what shows no ghost."""
+        heap, place = self.heap[0, 0].sum((0, 1)), np.int32((0.0 - LOW) / STEP)
+        near, far = (cv2.GaussianBlur(heap, (0, 0), width)[place, place] for width in (2, 8))
+        return float((near + 1e-3) / (far + 1e-3))
+
     def _peaks(self) -> list["Peak"]:
-        heap = self.heap.sum((0, 1))
-        return sorted((_peak(heap, kind) for kind in ("trail", "echo")), key=lambda peak: -peak.contrast)
+        heaps = self.heap.sum((2, 3))
+        return sorted((_peak(heaps, kind) for kind in ("trail", "echo")), key=lambda peak: -peak.excess / CLEAR[peak.kind])
 
     def _described(self, peak: "Peak") -> Found:
-        across, down = _slopes(self.heap.sum(0), peak)
-        confidence = 1 - 0.5 * np.exp(-max(peak.contrast - CONTRAST, 0))
-        return Found(peak.kind, round(peak.share, 3), round(across, 3), round(down, 3), True, round(peak.contrast, 2),
+        across, down = _slopes(self.heap.sum(2).swapaxes(1, 2).swapaxes(0, 1), peak)
+        confidence = 1 - 0.5 * np.exp(-max(peak.excess - CLEAR[peak.kind], 0))
+        return Found(peak.kind, round(peak.share, 3), round(across, 3), round(down, 3), True, round(peak.excess, 2),
                      round(float(confidence), 3))
 
     def _steady(self, best: "Peak") -> bool:
         """Whether the ghost is in every picture: blends of a rate conversion have one in every fifth, or third."""
-        heaps = self.heap.sum(1)
-        parts = [heaps[phase::cycle].sum(0) for cycle in (3, 5) for phase in range(cycle)]
-        return all(_contrast(part, best.kind)[round(best.share * 100)] > 1.0 for part in parts if part.sum() > 0.1 * heaps.sum())
+        heaps = self.heap[best.stride - 1].sum(2)
+        parts = [heaps[:, phase::cycle].sum(1) for cycle in (3, 5) for phase in range(cycle)]
+        return all(_excess(part, best.kind, best.stride)[_at(best.share)] > 0
+                   for part in parts if part.sum() > 0.1 * heaps.sum())
 
     def trace(self) -> dict[str, float]:
-        """What was measured, for the report: the strongest share, its contrast, and that at (0, 0)."""
+        """What was measured, for the report: the strongest share and how far its heap stands out."""
         best = self._peaks()[0]
-        return {"share": round(best.share, 3), "contrast": round(best.contrast, 2), "contrast_at_0": round(best.none, 2)}
+        return {"share": round(best.share, 3), "excess": round(best.excess, 2), "at_rest": round(self.at_rest(), 2)}
 
 
 @dataclass(frozen=True)
@@ -149,13 +156,12 @@ class Peak:
 
     kind: str
     share: float
-    contrast: float  # of the heap over its bed
-    none: float  # the same at (0, 0)
+    excess: float  # over its bed
+    stride: int = 1  # of the pictures that show it best
 
     @property
     def clear(self) -> bool:
-        needed = CONTRAST if self.none > 1 else FAINT
-        return self.contrast >= needed and self.contrast >= AMID * self.none
+        return self.excess >= CLEAR[self.kind]
 
 
 def shrunk(plane: np.ndarray) -> np.ndarray:
@@ -166,30 +172,51 @@ def shrunk(plane: np.ndarray) -> np.ndarray:
     return cv2.resize(small, (w, h), interpolation=cv2.INTER_AREA).astype(np.float32) if k > 1 else small.astype(np.float32)
 
 
-def _contrast(heap: np.ndarray, kind: str) -> np.ndarray:
-    """How far the heap stands above its bed, around it and along the curve of all shares of a kind, on GRID.
-
-    Along the curve too, because motion blur fills the line F = 0 evenly where an echo makes one heap."""
-    little = heap.sum() * 1e-5 + 0.3
-    near, far = (cv2.GaussianBlur(heap, (0, 0), width) for width in (2, 8))
-    x = ((GRID - LOW) / STEP - 0.5).astype(np.float32)
-    y = (((GRID**2 if kind == "trail" else 0 * GRID) - LOW) / STEP - 0.5).astype(np.float32)
-    near, far = (cv2.remap(part.astype(np.float32), y[None], x[None], cv2.INTER_LINEAR)[0] for part in (near, far))
-    along = cv2.GaussianBlur(near[None], (0, 0), 16, borderType=cv2.BORDER_REPLICATE)[0]
-    return (near + little) / (np.maximum(far, along) + little)
+def _followed(plane: np.ndarray, motion: np.ndarray) -> np.ndarray:
+    h, w = plane.shape
+    x, y = motion[..., 0] + np.arange(w, dtype=np.float32), motion[..., 1] + np.arange(h, dtype=np.float32)[:, None]
+    return cv2.remap(plane, x, y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
 
 
-def _peak(heap: np.ndarray, kind: str) -> Peak:
-    curve = _contrast(heap, kind)
+def _at(share: float) -> int:
+    return int(np.argmin(np.abs(GRID - share)))
+
+
+def _excess(heaps: np.ndarray, kind: str, stride: int = 1, width: float = 3.0) -> np.ndarray:
+    """How far the heap [0] of a film stands above that of the film backwards [1], over their bed, for the shares of GRID.
+
+    width: of the heap, in bins."""
+    little = heaps.sum() * 1e-5 + 0.3
+    share = GRID ** stride
+    x = ((share - LOW) / STEP - 0.5).astype(np.float32)
+    y = (((share**2 if kind == "trail" else 0 * share) - LOW) / STEP - 0.5).astype(np.float32)
+
+    def along(heap, width):
+        return cv2.remap(cv2.GaussianBlur(heap, (0, 0), width), y[None], x[None], cv2.INTER_LINEAR)[0]
+
+    return along(heaps[0] - heaps[1], width) / (along(heaps[0] + heaps[1], 8) / 2 + little)
+
+
+def _peak(heaps: np.ndarray, kind: str) -> Peak:
+    """The highest peak of heaps [stride 2 bins bins]; where another stride shows the same share, their mean weighted by excess."""
+    peaks = [_top(heap, kind, stride) for heap, stride in zip(heaps, STRIDES[:None if kind == "trail" else 1], strict=False)]
+    best = max(peaks, key=lambda peak: peak.excess)
+    alike = [peak for peak in peaks if abs(peak.share - best.share) < ALIKE and peak.excess > best.excess / 2]
+    total = sum(peak.excess for peak in alike)
+    return replace(best, share=sum(peak.share * peak.excess for peak in alike) / total) if total > 0 else best
+
+
+def _top(heap: np.ndarray, kind: str, stride: int) -> Peak:
+    """The highest peak of one stride's heap [2 bins bins]; that of longer strides begins where it is clear of (0, 0)."""
+    curve = _excess(heap, kind, stride)
     inner = np.flatnonzero((curve[1:-1] >= curve[:-2]) & (curve[1:-1] > curve[2:])) + 1
-    inner = inner[(GRID[inner] >= WEAKEST) & (GRID[inner] <= STRONGEST)]
-    if not len(inner) or heap.sum() < 100:
-        return Peak(kind, 0.0, 0.0, float(curve[0]))
+    inner = inner[(GRID[inner] >= (WEAKEST if stride == 1 else DISTANT)) & (GRID[inner] <= STRONGEST)]
+    if not len(inner) or heap[0].sum() < 100:
+        return Peak(kind, 0.0, 0.0, stride)
     top = inner[np.argmax(curve[inner])]
-    left, middle, right = curve[top - 1:top + 2]
-    bend = left - 2 * middle + right
-    finer = 0.5 * (left - right) / bend if bend < 0 else 0.0
-    return Peak(kind, float(GRID[top] + 0.01 * finer), float(middle), float(curve[0]))
+    near = slice(max(top - 6, 0), top + 7)  # the top of a narrower heap is not drawn aside by what lies around
+    finer = GRID[near][np.argmax(_excess(heap, kind, stride, 1.5)[near])]
+    return Peak(kind, float(finer), float(curve[top]), stride)
 
 
 def _slopes(heaps: np.ndarray, whole: Peak) -> tuple[float, float]:
@@ -223,8 +250,9 @@ def in_chroma(film: Film, found: Found) -> bool:
     for picture in film:
         for watch, plane in zip(watches, (picture.u, picture.v), strict=True):
             watch.add(plane)
-    curve = _contrast(sum(watch.heap.sum((0, 1)) for watch in watches), found.kind)
-    return bool(curve[round(found.share * 100)] > curve[0] - 0.02)
+    forward = sum(watch.heap[0, 0].sum((0, 1)) for watch in watches)
+    curve = _excess(np.stack([forward, np.zeros_like(forward)]), found.kind)
+    return bool(curve[_at(found.share)] > curve[0] - 0.04)
 
 
 def repair(film: Film, found: Found) -> Film:
@@ -317,6 +345,6 @@ def prove(film: Film, repaired: Film, found: Found) -> str:
     if wrong / max(count, 1) > LEFT_OVER:
         return f"laying it over the repaired film again leaves a squared error of {wrong / count:.2f} levels"
     rest = watch.trace()
-    if rest["contrast_at_0"] < RETURNED or rest["contrast"] > min(REST, FALL * found.contrast):
+    if rest["at_rest"] < RETURNED or rest["excess"] > FALL * found.excess:
         return f"the repaired film would show a share of {rest['share']:.2f} itself"
     return ""
