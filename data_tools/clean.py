@@ -37,7 +37,8 @@ from data_tools import bars, fill, manifest, networks, overlay, probe, restore, 
 from data_tools import film as films
 from data_tools.deinterlace import deinterlace
 from data_tools.film import Film
-from data_tools.stage import Outcome
+from data_tools.manifest import Job, Row
+from data_tools.stage import VERSION, Outcome
 from latte import video
 from latte.clips import VIDEO_SUFFIXES
 
@@ -123,7 +124,7 @@ def clean_rows(rows: list[dict[str, Any]], folder: Path, out: Path, settings: Se
         raise ValueError(f"workers: {workers} cannot do any work; give 1 or more")
     for name in ("clips", "rows"):
         (out / name).mkdir(parents=True, exist_ok=True)
-    key = hashlib.sha256(repr((stage.VERSION, settings)).encode()).hexdigest()[:16]
+    key = _key(settings)
     todo = [row for row in rows if not row.get("dropped") and _finished(row, out, key, timeout_s) is None]
     context = multiprocessing.get_context("forkserver")  # threads of this process would not survive a plain fork
     context.set_forkserver_preload(["data_tools.deinterlace", "data_tools.restore", "data_tools.overlay"])
@@ -148,18 +149,30 @@ def clean_rows(rows: list[dict[str, Any]], folder: Path, out: Path, settings: Se
     return [row | (_moved(row, folder, out) if row.get("dropped") else _finished(row, out, key)["row"]) for row in rows]
 
 
+def work(rows: list[Row], job: Job) -> list[Row]:
+    """The stage of data_tools.run: each row's clip, clean, in clips/ID.mp4 if anything was repaired, else where it was."""
+    key = _key(job.settings)
+    for row in rows:
+        if _finished(row, job.out, key) is None:
+            clean_row(row, job.out, job.out, job.settings, key)
+    return [row | _finished(row, job.out, key)["row"] for row in rows]
+
+
 def listed(folder: Path) -> list[dict[str, Any]]:
     """A row for every file below `folder` that is named like a video, with its caption if one lies beside it; not looked into."""
     rows = []
     for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES):
         name, beside = path.relative_to(folder).as_posix(), path.with_suffix(".txt")
         caption = beside.read_text(errors="replace").strip() if beside.is_file() else ""
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = _sha256(path)
         rows.append({"id": hashlib.sha256(f"{digest} {name}".encode()).hexdigest(), "source": folder.resolve().name,
                      "source_id": name, "path": name, "caption": caption or None, "caption_source": "file" if caption else None,
                      "edits": [], "scores": {}, "sha256": digest})
     return rows
+
+
+def _key(settings: Settings) -> str:
+    return hashlib.sha256(repr((VERSION, settings)).encode()).hexdigest()[:16]
 
 
 def _one_thread() -> None:
@@ -175,6 +188,8 @@ def clean_row(row: dict[str, Any], folder: Path, out: Path, settings: Settings, 
     span = (start, end) if end is not None and not _whole(row) else (0.0, math.inf)
     changed = _moved(row, folder, out)
     try:
+        changed["origin"] = row.get("origin") or {**changed, "sha256": row.get("sha256") or _sha256(source), "start_s": span[0],
+                                                  "end_s": span[1] if span[1] < math.inf else None}
         if span == (0.0, math.inf):
             seen = probe.probe(source)
             report = {"probe": seen.report()}
@@ -215,13 +230,16 @@ def _shown(path: Path) -> dict[str, Any]:
     return {"width": info.shown_width, "height": info.shown_height}
 
 
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _written(out: Path, name: str, film: Film, settings: Settings) -> dict[str, Any]:
     frames = films.write(out / name, film, settings.crf)
     seen = probe.probe(out / name)
-    with open(out / name, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"path": name, "sha256": digest, "start_s": 0.0, "end_s": seen.duration_s, "frames": frames, "fps": seen.rate,
-            **_shown(out / name)}
+    return {"path": name, "sha256": _sha256(out / name), "start_s": 0.0, "end_s": seen.duration_s, "frames": frames,
+            "fps": seen.rate, **_shown(out / name)}
 
 
 def _finish(row: dict[str, Any], out: Path, key: str, changed: dict[str, Any], report: dict[str, Any] | None = None) -> None:
