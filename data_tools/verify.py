@@ -49,7 +49,8 @@ class _Wanted(NamedTuple):
 
 def verify(folder: Path) -> Iterator[Problem]:
     """All that is wrong with a set. Raises ValueError naming a manifest that cannot be read."""
-    wanted: dict[str, dict[str, _Wanted]] = {}  # shard, or the clip's own file -> name in it -> row
+    wanted: dict[str, dict[str, _Wanted]] = {}  # shard -> name in it -> row
+    alone: dict[str, list[_Wanted]] = {}  # a clip's own file, where it is in no shard -> rows
     seen: set[str] = set()
     for rows in manifest.batches(folder / "manifest.parquet"):
         for row in rows:
@@ -61,17 +62,22 @@ def verify(folder: Path) -> Iterator[Problem]:
                     yield Problem("row", row["id"], f"is dropped ({row['dropped']}) and yet in {row['shard']}")
                 continue
             yield from _row(row)
-            place, _, name = row["shard"].rpartition("/") if row["shard"] else (row["path"], "", "")
             whole = not row["start_s"] and row["end_s"] is not None
-            wanted.setdefault(place, {})[name] = _Wanted(row["id"], row["sha256"], row["frames"], row["end_s"] if whole else None,
-                                                         hashlib.sha256(text(row).encode()).hexdigest())
-    yield from _sums(folder, {place for place, rows in wanted.items() if "" not in rows})
-    with tqdm(total=sum(map(len, wanted.values())), desc="verify", unit=" clips", disable=None) as bar:
+            told = _Wanted(row["id"], row["sha256"], row["frames"], row["end_s"] if whole else None,
+                           hashlib.sha256(text(row).encode()).hexdigest())
+            if row["shard"]:
+                place, _, name = row["shard"].rpartition("/")
+                wanted.setdefault(place, {})[name] = told
+            else:
+                alone.setdefault(row["path"], []).append(told)
+    yield from _sums(folder, set(wanted))
+    with tqdm(total=sum(map(len, (*wanted.values(), *alone.values()))), desc="verify", unit=" clips", disable=None) as bar:
         for place, rows in sorted(wanted.items()):
-            if "" in rows:
-                yield from _file(folder, place, rows[""])
-            elif (folder / place).is_file():
+            if (folder / place).is_file():
                 yield from _shard(folder, place, rows)
+            bar.update(len(rows))
+        for place, rows in sorted(alone.items()):
+            yield from _file(folder, place, rows)
             bar.update(len(rows))
 
 
@@ -142,15 +148,16 @@ def _clip(data: bytes, place: str, row: _Wanted) -> Iterator[Problem]:
     yield from _frames(io.BytesIO(data), place, row)
 
 
-def _file(folder: Path, place: str, row: _Wanted) -> Iterator[Problem]:
-    """What is wrong with a clip that lies in a file of its own."""
+def _file(folder: Path, place: str, rows: list[_Wanted]) -> Iterator[Problem]:
+    """What is wrong with a file that clips lie in."""
     if not (folder / place).is_file():
-        yield Problem("missing", place, f"the row {row.id} names it")
+        yield Problem("missing", place, f"the row {rows[0].id} names it")
         return
-    if row.sha256 and sha256_of(folder / place) != row.sha256:
-        yield Problem("altered", place, f"its bytes are not those of the row {row.id}")
-    with open(folder / place, "rb") as file:
-        yield from _frames(file, place, row)
+    if {row.sha256 for row in rows} - {None, sha256_of(folder / place)}:
+        yield Problem("altered", place, f"its bytes are not those of the row {rows[0].id}")
+    for row in rows:
+        with open(folder / place, "rb") as file:
+            yield from _frames(file, place, row)
 
 
 def _frames(file: BinaryIO, place: str, row: _Wanted) -> Iterator[Problem]:
