@@ -62,6 +62,8 @@ class Settings:
         if self.held_mib < 0:
             raise ValueError(f"held_mib: {self.held_mib} MiB of pictures cannot be kept; 0 keeps none")
         films.check_crf(self.crf)
+        if self.grade == "best":
+            fill.sidecar()
 
 
 def clean(film: Film, settings: Settings, scratch: Path | None = None) -> Outcome:
@@ -126,6 +128,7 @@ def clean_rows(rows: list[dict[str, Any]], folder: Path, out: Path, settings: Se
         (out / name).mkdir(parents=True, exist_ok=True)
     key = _key(settings)
     todo = [row for row in rows if not row.get("dropped") and _finished(row, out, key, timeout_s) is None]
+    todo.sort(key=lambda row: -_length(row, folder))  # else the last worker may be left alone with a long one
     context = multiprocessing.get_context("forkserver")  # threads of this process would not survive a plain fork
     context.set_forkserver_preload(["data_tools.deinterlace", "data_tools.restore", "data_tools.overlay"])
     pool = ProcessPool(max_workers=workers, max_tasks=64, initializer=_one_thread, context=context)
@@ -173,6 +176,14 @@ def listed(folder: Path) -> list[dict[str, Any]]:
 
 def _key(settings: Settings) -> str:
     return hashlib.sha256(repr((VERSION, settings)).encode()).hexdigest()[:16]
+
+
+def _length(row: dict[str, Any], folder: Path) -> float:
+    """How much there is to clean: seconds where the row tells them, else bytes of the file."""
+    if row.get("end_s") is not None:
+        return row["end_s"] - (row.get("start_s") or 0.0)
+    path = folder / row["path"]
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _one_thread() -> None:

@@ -51,7 +51,7 @@ def deinterlace(pictures: Iterator[Picture], order: str, rate: str = "frame", gr
         if value not in known:
             raise ValueError(f"{name} {value!r} is unknown; it is one of {', '.join(known)}")
     if grade == "best":
-        return _best(pictures, order, rate, _interpreter())
+        return _best(pictures, order, rate, sidecar())
     return (_fast if grade == "fast" else _fine)(pictures, order, rate)
 
 
@@ -312,8 +312,8 @@ for frame in clip.frames(close=True):
 """
 
 
-def _interpreter() -> str:
-    """Of the side-car; ValueError when the environment names none."""
+def sidecar() -> str:
+    """The interpreter of grade best; ValueError when the environment names none."""
     name = os.environ.get("LATTE_QTGMC_PYTHON")
     if not name or shutil.which(name) is None:
         raise ValueError(f"grade 'best' runs QTGMC in a Python of its own: LATTE_QTGMC_PYTHON is {name!r} and should name the "

@@ -27,6 +27,13 @@ def broken(row: dict, *others: object) -> None:
     clean.clean_row(row, *others)
 
 
+def noted(row: dict, folder: Path, out: Path, settings: clean.Settings, key: str) -> None:
+    """A worker's job that only says when it was a row's turn."""
+    with open(out / "turns", "a") as file:
+        file.write(row["id"])
+    clean._finish(row, out, key, {})
+
+
 @pytest.fixture(scope="module")
 def clips():
     """Clips of 160x120: one as it is, one woven, one still."""
@@ -128,6 +135,16 @@ def test_a_clip_that_breaks_a_worker_costs_no_other(folder, tmp_path):
         assert {row["source_id"]: row.get("dropped") for row in again} == said | {"woven.mp4": left}
 
 
+def test_long_clips_come_first(tmp_path):
+    (tmp_path / "long").write_bytes(bytes(1000))
+    lengths = {"a": 1.0, "b": 9.0, "c": 4.0}
+    rows = [{"id": name, "path": "film.mp4", "start_s": 2.0, "end_s": 2.0 + length} for name, length in lengths.items()]
+    rows += [{"id": "d", "path": "long"}, {"id": "e", "path": "missing"}]
+    done = clean.clean_rows(rows, tmp_path, tmp_path, FAST, job=noted)
+    assert (tmp_path / "turns").read_text() == "dbcae"
+    assert [row["id"] for row in done] == list("abcde")
+
+
 def test_a_mistake_of_ours_is_named_and_traced(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(clean, "clean", lambda *rest: {}["nothing"])
     row, out = {"id": "a", "path": "plain.mp4"}, tmp_path / "out"
@@ -157,13 +174,15 @@ def test_tiny_films_are_left_alone(height, width, count):
     assert (outcome.film, outcome.edits, outcome.dropped) == (given, [], None)
 
 
-def test_bad_words_are_refused(folder, tmp_path, capsys):
+def test_bad_words_are_refused(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("LATTE_QTGMC_PYTHON", raising=False)
     for words, reason in (((folder,), "--out: name the folder"), ((tmp_path / "none.mp4",), "no such video file"),
                           ((folder / "plain.mp4", "--grade", "finest"), "finest"),
                           ((folder / "plain.mp4", "--rate", "fields"), "fields"),
                           ((folder / "plain.mp4", "--crf", "-5"), "crf: -5"),
                           ((folder, "--out", tmp_path / "out", "--workers", "0"), "workers: 0"),
-                          ((folder, "--out", tmp_path / "out", "--grade", "finest"), "finest")):
+                          ((folder, "--out", tmp_path / "out", "--grade", "finest"), "finest"),
+                          ((folder, "--out", tmp_path / "out", "--grade", "best"), "LATTE_QTGMC_PYTHON is None")):
         assert clean.main([str(word) for word in words]) == 1
         assert reason in capsys.readouterr().err
     assert not list((tmp_path / "out").rglob("*.json"))
