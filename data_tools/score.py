@@ -92,6 +92,11 @@ def work(rows: list[Row], job: Job) -> list[Row]:
     return [scored(row, job.out, job.settings) for row in rows]
 
 
+def rows_alone(settings: Settings) -> bool:
+    """Whether no file has to be opened."""
+    return set(settings.scores) <= set(OF_ROW)
+
+
 def scored(row: Row, folder: Path, settings: Settings) -> Row:
     """A row with its scores; `folder` is where its path starts. Never raises for what the clip holds."""
     tags, scores = dict(row.get("tags") or {}), dict(row.get("scores") or {})
