@@ -1,0 +1,129 @@
+"""Stitching against known truth: which joins are made, and how even the chosen frames of usual rates are.
+
+    python benchmarks/stitch.py            everything, into benchmarks/results/stitch.json; the real clips of benchmarks/clean.py
+    python benchmarks/stitch.py --quick    a few joins, nothing written
+
+Every join is two pieces of one scene, coded apart at different qualities, and is one film by the truth (they touch, or overlap) or
+not (a cut, missing pictures, another take of the same scene, a held picture, another exposure, a camera set anew).
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT)]
+
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
+from cleanbench.common import FOOTAGE, Row  # noqa: E402
+
+from data_tools import degrade, film  # noqa: E402
+from data_tools.film import Clip  # noqa: E402
+from latte import keyed  # noqa: E402
+
+TEST_SEEDS = 9_000  # of scenes and draws; thresholds were chosen on seeds below
+HEIGHT, WIDTH, FRAMES = 180, 320, 110
+REAL = (("film.mp4", 596.0, FRAMES), ("bikes.mp4", 10.0, 44), ("city.mpg", 7.6, FRAMES), ("carphone_pristine.mp4", 4.0, FRAMES))
+CRFS = (16, 20, 23, 26, 28)
+GOOD = ("touch", "overlap", "overlap by one", "late times")
+BAD = ("cut", "jump 1", "jump 2", "jump 5", "jump 15", "jump, times overlap", "other take", "exposure", "exposure, overlap", "colour",
+       "held before", "held after", "set anew")
+
+
+class Case(NamedTuple):
+    """Two pieces and the truth of their join."""
+
+    kind: str  # of GOOD or BAD
+    scene: str  # family
+    first: Clip
+    second: Clip
+    overlap_s: float  # that their listed times claim; below 0: a gap
+
+
+def joins(seed: int, count: int) -> Iterator[Case]:
+    """So many cases of each kind, in turn over the scenes."""
+    held = scenes(seed, count)
+    for kind in (*GOOD, *BAD):
+        for number in range(count):
+            rng = keyed.rng(seed, "join", kind, number)
+            family, clip = held[(number + len(kind)) % len(held)]
+            other = held[int(rng.integers(len(held)))][1]
+            if other is clip:
+                other = held[(number + len(kind) + 1) % len(held)][1]
+            yield case(kind, family, clip, other, rng)
+
+
+def case(kind: str, family: str, clip: Clip, other: Clip, rng: np.random.Generator) -> Case:
+    n, rate = len(clip.y), clip.rate
+    at = int(rng.uniform(0.35, 0.45) * n)
+    lap = int(rng.integers(4, min(25, at - 8))) if "overlap" in kind and kind != "overlap by one" else 0
+    skip = int(kind.split()[1].strip(",")) if kind.startswith("jump ") else {
+        "jump, times overlap": int(rng.integers(1, 8)), "other take": int(rng.integers(20, 40))}.get(kind, 0)
+    skip = min(skip, n - at - 12)
+    copied = -1 if kind == "overlap by one" else -lap if kind in ("overlap", "exposure, overlap") else skip
+    first, second = clip.take(slice(max(0, at - 45), at)), clip.take(slice(at + copied, at + copied + 45))
+    if kind == "cut":
+        second = sized(other, *clip.y.shape[1:]).take(slice(-40, None))
+    elif kind.startswith("exposure"):
+        gain = float(rng.choice((0.88, 0.93, 1.07, 1.12)))
+        second = second._replace(y=np.clip(16 + (second.y - 16.0) * gain, 0, 255).round().astype(np.uint8))
+    elif kind == "colour":
+        second = second._replace(u=np.clip(second.u + rng.choice((-8.0, 8.0)), 0, 255).astype(np.uint8))
+    elif kind == "held before":
+        first = first.take(np.minimum(np.arange(len(first.y)), len(first.y) - 1 - int(rng.integers(2, 6))))
+    elif kind == "held after":
+        second = second.take(np.maximum(np.arange(len(second.y)) - int(rng.integers(2, 6)), 0))
+    elif kind == "set anew":
+        second = moved(second, *rng.choice((-6.0, 5.0, 8.0), 2))
+    first, second = (degrade.coded(part.timed(rate), int(rng.choice(CRFS))) for part in (first, second))
+    claimed = lap / rate
+    if kind == "late times":  # of what a downloader cuts at some other picture than it was told to
+        claimed = float(rng.uniform(-0.03, 0.03))
+    return Case(kind, family, first, second, claimed)
+
+
+def moved(clip: Clip, x: float, y: float) -> Clip:
+    def each(planes):
+        part = clip.y.shape[2] // planes.shape[2]
+        matrix = np.float32([[1, 0, x / part], [0, 1, y / part]])
+        return np.stack([cv2.warpAffine(plane, matrix, plane.shape[::-1], borderMode=cv2.BORDER_REPLICATE) for plane in planes])
+
+    return clip.each(each)
+
+
+def scenes(seed: int, count: int) -> list[tuple[str, Clip]]:
+    """Single shots in motion: procedural ones, and spans of real films that the seed draws; half the real ones where too few."""
+    found = [("synth", degrade.synth(seed + i, FRAMES, HEIGHT, WIDTH)) for i in range(max(2, count // 3))]
+    for name, length, frames in REAL:
+        wanted = {"film.mp4": max(2, count // 2), "bikes.mp4": 2}.get(name, 1)
+        rng, tries = keyed.rng(seed, "spans", name), 0
+        while (FOOTAGE / name).exists() and wanted and tries < 40:
+            tries += 1
+            start = float(rng.uniform(0, max(length - frames / 24, 0)))
+            clip = span(FOOTAGE / name, start, frames)
+            if clip is not None:
+                found.append((name.split(".")[0], clip))
+                wanted -= 1
+    return found
+
+
+def span(path: Path, start_s: float, frames: int) -> Clip | None:
+    """So many pictures from there, made small; None where they are a tenth fewer, hold a cut or hardly move."""
+    pictures = film.to_clip(film.read(path, start_s, start_s + 5), frames)
+    w = min(WIDTH, pictures.y.shape[2])
+    small = sized(pictures, round(pictures.y.shape[1] * w / pictures.y.shape[2] / 2) * 2, w)
+    change = np.abs(np.diff(small.y.astype(np.int16), axis=0)).mean((1, 2))
+    cut = change.max() > 3 * np.median(change) + 2
+    return None if len(change) < 0.9 * frames or cut or np.percentile(change, 10) < 0.3 else small
+
+
+def sized(clip: Clip, h: int, w: int) -> Clip:
+    planes = (np.stack([cv2.resize(plane, size, interpolation=cv2.INTER_AREA) for plane in planes])
+              for planes, size in zip(clip[:3], ((w, h), (w // 2, h // 2), (w // 2, h // 2)), strict=True))
+    return Clip(*planes, clip.at_s)

@@ -1,0 +1,211 @@
+"""Whether one film goes on where another ends: the same pictures in both, or the next one, with nothing lost between.
+
+Two files cut from one video may overlap: then the same pictures are in both, but for coding noise, which is looked for around the
+place where their times put it. Or they touch: then the first picture of the second must follow the last one of the first as
+pictures follow each other within each. Optical flow (Kroeger et al., arXiv 1603.03590, DIS) between the pictures around the join
+tells by how many steps of the motion it goes on (1; more where pictures are missing, 0 where one is held), how far the flow
+differs from that around it (a camera that is set anew), and what is left when the motion is taken out: of structure at a cut, of
+level and colour at a change of exposure. A join is made on all of this evidence only; doubt is a no.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from data_tools import film as films
+from data_tools.film import Picture
+
+WIDTH, CELL = 320, 16  # columns of the shrunk pictures, at most; pixels a side of the cells whose differences are looked at
+SIDE = 4  # pictures on each side of a join whose motion is compared
+HEAD = 24  # pictures of the second film that are looked for in the first
+SLACK_S, ROOM_S = 0.5, 1.0  # by which listed times may be wrong; what is read besides
+# Limits, chosen on spans that the bench does not test with. A difference is that of the cells that differ most, in levels.
+SAME = 0.6  # the same picture twice differs by less than this share of what neighbours do
+TIE, CODING = 1.25, 9.0  # where nothing moves, the listed place may differ by so much more than the best, and by so many levels
+STEPS = 0.47  # steps of the motion that a join may be more or less than one
+SLOW, STILL = 1.0, 0.1  # pixels a step: below, longer ways are measured too; below, motion tells nothing
+HELD = 0.2  # steps: a picture that moves by less, beside others that move, is held
+LEFT = (1.3, 3.0)  # difference when the motion is taken out: times the most around, and levels
+APART = (1.3, 1.0)  # distance of the flow from that around: times the most around, and pixels
+LEVEL = (1.0, 2.2)  # change of level or colour beside those around: times their range, and levels
+
+
+class Edge(NamedTuple):
+    """Shrunk pictures in a row: luma uint8 [f h w], means of luma and chroma [f 3], times [f] in seconds."""
+
+    y: np.ndarray
+    means: np.ndarray
+    at_s: np.ndarray
+
+
+class Join(NamedTuple):
+    """How two films go together, or why they do not. Times are those of the files, in seconds."""
+
+    reason: str  # why they are not one film; "" if they are
+    end_s: float = 0.0  # the first film is used up to there
+    start_s: float = 0.0  # and the second one from here on
+    shift_s: float = 0.0  # added to the second one's times
+    confidence: float = 0.0  # 0.5 to 1
+    measures: dict[str, float] | None = None  # value / limit: of a join that is made, all below 1
+
+
+Span = tuple[Path, float, float]  # a file, from, to, in seconds of it
+
+
+def between(before: Span, after: Span, overlap_s: float) -> Join:
+    """Whether the film of one span goes on in that of another, and where.
+
+    overlap_s: how much of the first one's end should be in the second by what was listed, below 0 for a gap; right to SLACK_S.
+    Raises ValueError naming a file that cannot be read.
+    """
+    path, start, end = before
+    back = max(overlap_s, 0.0) + SLACK_S + ROOM_S
+    from_s = max(start, end - back) if np.isfinite(end) else start
+    last = edge(films.read(path, from_s, end, from_zero=False), 2 * HEAD + round(back * 60))
+    path, start, end = after
+    first = edge(films.read(path, start, min(end, start + SLACK_S + ROOM_S), from_zero=False))
+    return judge(last, first, overlap_s)
+
+
+def edge(pictures: Iterable[Picture], limit: int | None = None) -> Edge:
+    """The last `limit` of the pictures, or all of them, shrunk. Raises ValueError when there is none."""
+    held = deque((_shrunk(picture) for picture in pictures), maxlen=limit)
+    if not held:
+        raise ValueError("no picture at this end of the film")
+    return Edge(*(np.stack(part) for part in zip(*held, strict=True)))
+
+
+def _shrunk(picture: Picture) -> tuple[np.ndarray, np.ndarray, float]:
+    h, w = picture.y.shape
+    width = min(WIDTH, w)
+    means = np.array([cv2.mean(plane)[0] for plane in picture[:3]])
+    return cv2.resize(picture.y, (width, max(CELL, round(h * width / w))), interpolation=cv2.INTER_AREA), means, picture.at_s
+
+
+def judge(before: Edge, after: Edge, overlap_s: float) -> Join:
+    """The verdict on the last pictures of a film and the first ones of another; see `between`."""
+    if before.y.shape[1:] != after.y.shape[1:]:
+        return Join("pictures of another size")
+    if min(len(before.y), len(after.y)) < SIDE + 1:
+        return Join("too few pictures")
+    step = float(np.median(np.concatenate([np.diff(before.at_s), np.diff(after.at_s)])))
+    same = _same(before, after, overlap_s / step)
+    if same is not None:
+        return same
+    if abs(overlap_s) > SLACK_S:
+        return Join("no picture is in both")
+    tried = [_next(before, after, first, step) for first in (0, 1)]
+    return next((found for found in tried if not found.reason), tried[0])
+
+
+# The same pictures
+
+def _same(before: Edge, after: Edge, overlap: float) -> Join | None:
+    """The join where the first pictures of `after` are found in `before`, whose last `overlap` ones they should be; None if not."""
+    n, m = len(before.y), min(HEAD, len(after.y))
+    half = [edge.y[:, ::2, ::2] for edge in (before, after)]
+    table = np.array([[_differs(a, b) for b in half[1][:m]] for a in half[0]])
+    usual = np.median([_differs(*pair) for pair in [*pairwise(half[0][-m:]), *pairwise(half[1][:m])]])
+    places = np.arange(n)
+    mean = np.array([np.diagonal(table, -k)[:min(m, n - k)].mean() for k in places])
+    listed = round(n - overlap)
+    near = np.abs(places - listed) <= round(SLACK_S * n / max(before.at_s[-1] - before.at_s[0], 1e-6))
+    if not near.any():
+        return None
+    best = int(places[near][np.argmin(mean[near])])
+    clear = mean[best] <= SAME * usual and mean[best] <= SAME * min(mean[max(best - 1, 0):best + 2][[0, -1]].max(), np.inf)
+    if not clear:
+        if not (0 <= listed < n and mean[listed] <= min(CODING, TIE * mean[best] + 1)):
+            return None
+        best = listed
+    count = min(m, n - best)
+    apart = np.abs(before.means[best:best + count] - after.means[:count]).max(1)
+    measures = {"same": mean[best] / (SAME * usual) if clear else mean[best] / CODING,
+                "worst": np.diagonal(table, -best)[:count].max() / (2 * mean[best] + CODING), "level": np.median(apart) / LEVEL[1]}
+    at = count // 2 if count < m else m // 2
+    return _verdict("the same pictures differ", measures, (before.at_s[best + at] + before.at_s[min(best + at + 1, n - 1)]) / 2,
+                    after.at_s[at + 1], before.at_s[best + at] - after.at_s[at])
+
+
+def _differs(a: np.ndarray, b: np.ndarray) -> float:
+    """Difference of two pictures in the cells that differ most, in levels."""
+    return _most(cv2.absdiff(a, b), CELL // 2)
+
+
+def _most(difference: np.ndarray, side: int) -> float:
+    h, w = difference.shape
+    cells = cv2.resize(difference[:h // side * side, :w // side * side], (w // side, h // side), interpolation=cv2.INTER_AREA)
+    return float(np.quantile(cells, 0.95))
+
+
+# The next picture
+
+class _Step(NamedTuple):
+    """From a picture to a later one."""
+
+    flow: np.ndarray  # [h w 2] pixels
+    left: float  # difference when the motion is taken out, in the cells that differ most
+    level: float  # mean of it, with its sign
+
+
+def _next(before: Edge, after: Edge, first: int, step_s: float) -> Join:
+    """The join where picture `first` of `after` follows the last one of `before`."""
+    y = [*before.y[-SIDE:], *after.y[first:first + SIDE]]
+    means = np.concatenate([before.means[-SIDE:], after.means[first:first + SIDE]])
+    here = SIDE - 1  # the step of the join
+    flows = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    steps = [_step(flows, *pair) for pair in pairwise(y)]
+    others = [step for i, step in enumerate(steps) if i != here]
+    usual = np.mean([step.flow for step in others], 0)
+    speed = float(np.median([_apart(step, np.zeros(2)) for step in others]))
+    levels = np.column_stack([[step.level for step in steps], np.diff(means[:, 1:], axis=0)])
+    around = np.delete(levels, here, 0)
+    beside = np.abs(levels[here] - around.mean(0)) / (LEVEL[0] * np.ptp(around, axis=0) + LEVEL[1])
+    measures = {"level": beside.max(), "left": _share(steps[here].left, [step.left for step in others], LEFT),
+                "apart": _share(_apart(steps[here], usual), [_apart(step, usual) for step in others], APART)}
+    if speed > STILL:
+        gone = [_along(step.flow, usual) for step in steps]
+        measures["held"] = HELD / max(min(gone[:here] + gone[here + 1:]), 1e-3)
+        far = gone[here]
+        if speed < SLOW:  # less than the codec's noise: ways over the join of two steps and three, less what is not the join
+            ways = [_along(_step(flows, y[here - i], y[here + 1 + j]).flow, usual) - i - j for i, j in ((1, 0), (0, 1), (1, 1))]
+            far = (far + float(np.median(ways))) / 2
+        measures["steps"] = abs(far - 1) / STEPS
+    return _verdict("does not go on", measures, before.at_s[-1] + step_s / 2, after.at_s[first],
+                    before.at_s[-1] + step_s - after.at_s[first])
+
+
+def _step(flows: cv2.DISOpticalFlow, a: np.ndarray, b: np.ndarray) -> _Step:
+    flow = flows.calc(a, b, None)
+    h, w = a.shape
+    x, y = flow[..., 0] + np.arange(w, dtype=np.float32), flow[..., 1] + np.arange(h, dtype=np.float32)[:, None]
+    inside = (x >= 0) & (x <= w - 1) & (y >= 0) & (y <= h - 1)
+    back = cv2.remap(b.astype(np.float32), x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    difference = (back - a) * inside
+    return _Step(flow, _most(np.abs(difference), CELL), float(difference.sum() / max(inside.sum(), 1)))
+
+
+def _along(flow: np.ndarray, usual: np.ndarray) -> float:
+    """How many times the usual flow a flow goes in its direction."""
+    return float((flow * usual).sum() / ((usual * usual).sum() + 1e-9))
+
+
+def _apart(step: _Step, usual: np.ndarray) -> float:
+    """Rms distance of a flow from another, in pixels."""
+    return float(np.sqrt(np.square(step.flow - usual).sum(2).mean()))
+
+
+def _share(value: float, around: list[float], limit: tuple[float, float]) -> float:
+    return value / (limit[0] * max(around) + limit[1])
+
+
+def _verdict(no: str, measures: dict[str, float], end_s: float, start_s: float, shift_s: float) -> Join:
+    measures = {name: round(float(value), 4) for name, value in measures.items()}
+    worst = max(measures, key=measures.get)
+    reason = f"{no} ({worst} {measures[worst]:.1f})" if measures[worst] > 1 else ""
+    return Join(reason, float(end_s), float(start_s), float(shift_s), max(0.0, 1 - measures[worst] / 2), measures)
