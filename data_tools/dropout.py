@@ -23,6 +23,7 @@ SHORTEST = 20  # columns of a lost run at 640 columns, and in proportion
 DARK, LIGHT = 26, 225  # levels of a lost run that is black or white
 ROUGH = 30  # levels from column to column, on average, of a run that is noise
 CLEAR, FAINT = 0.5, 0.3  # share of a run's places that stand out, where one is looked for and where its extent is
+SAME = 3  # levels: of a run that is all white or black, what a codec makes of it
 GAP = 9  # columns: where noise hits the right level by chance
 STRAYS = 0.8  # most by which places above and below a run stand out, as a share of what the run does: more is motion not followed
 MARGIN = 8  # lines around a lost run on which predictions are compared
@@ -155,7 +156,7 @@ def _lost(before: Plane, now: Plane, after: Plane, later: Plane, flow) -> tuple[
     for _ in range(2):  # again without what the first round has shown to be lost
         guess = cv2.inpaint(y, likely, 3, cv2.INPAINT_NS)
         motions = motions or [flow.calc(guess, other, None) for other in (before.y, following)]
-        mask, fill = _measured(y, likely, guess, (before.y, following), motions, length)
+        mask, fill = _measured(now, likely, guess, (before.y, following), motions, length)
         if not mask.any():
             return nothing
         likely = cv2.dilate(mask.astype(np.uint8), across)
@@ -167,8 +168,9 @@ def _lost(before: Plane, now: Plane, after: Plane, later: Plane, flow) -> tuple[
     return mask, fill, sum(bool(alone[int(row), int(column)]) for column, row in middles)
 
 
-def _measured(y, likely, guess, others, motions, length) -> tuple[np.ndarray, np.ndarray]:
+def _measured(now, likely, guess, others, motions, length) -> tuple[np.ndarray, np.ndarray]:
     """Mask and fill, band by band of lines around what is likely lost."""
+    y = now.y
     mask, fill = np.zeros(y.shape, bool), y.copy()
     rows = np.flatnonzero(cv2.reduce(likely, 1, cv2.REDUCE_MAX)[:, 0])
     for band in np.split(rows, np.flatnonzero(np.diff(rows) > 2 * MARGIN) + 1):
@@ -176,7 +178,7 @@ def _measured(y, likely, guess, others, motions, length) -> tuple[np.ndarray, np
         plane, known = y[lines].astype(np.float32), (1 - likely[lines]).astype(np.float32)
         sides = [_followed(other, motion, lines) for other, motion in zip(others, motions, strict=True)]
         made = _combined(plane, known, sides, guess[lines].astype(np.float32))
-        mask[lines] = _judged(plane, made, sides, likely[lines], length)
+        mask[lines] = _judged(plane, made, sides, likely[lines], now.odd[lines], length)
         fill[lines] = np.clip(np.rint(made), 0, 255)
     return mask, fill
 
@@ -211,18 +213,24 @@ def _followed(other: np.ndarray, motion: np.ndarray, lines: slice) -> np.ndarray
 
 
 def _combined(plane, known, sides, guess) -> np.ndarray:
-    """Both sides and the guess from the lines around, weighted by the inverse square of their energy of error around each place."""
-    def around(square):
-        return cv2.boxFilter(square, -1, (15, 9))
+    """Both sides and the guess from the lines around, weighted by the inverse square of their energy of error around each place.
 
-    count = around(known) + 1e-3
+    The sides are first moved by most of what they miss of the lines around: light changes, and motion is never quite followed."""
+    def around(square):
+        return cv2.boxFilter(square, -1, (9, 9))
+
+    def soft(values):
+        return cv2.GaussianBlur(values, (0, 0), 1.5)
+
+    count, close = around(known) + 1e-3, soft(known) + 1e-3
+    sides = [side + 0.8 * soft((plane - side) * known) / close for side in sides]
     energies = [around(np.square(side - plane) * known) / count for side in sides]
-    energies.append(2 * around(np.square(guess - cv2.blur(guess, (1, 5)))))
+    energies.append(3 * around(np.square(guess - cv2.blur(guess, (1, 5)))))
     weights = [1 / np.square(energy + 4) for energy in energies]
     return sum(weight * part for weight, part in zip(weights, (*sides, guess), strict=True)) / sum(weights)
 
 
-def _judged(plane, made, sides, likely, length) -> np.ndarray:
+def _judged(plane, made, sides, likely, odd, length) -> np.ndarray:
     """Which places are lost, [h w] bool, by runs that what was made for them does not explain."""
     off = np.abs(plane - made)
     spread = np.minimum(np.abs(sides[0] - made), np.abs(sides[1] - made))
@@ -235,19 +243,19 @@ def _judged(plane, made, sides, likely, length) -> np.ndarray:
         run = np.s_[row, left:right]
         beside = [r for r in (row - REACH - 2, row - REACH - 1, row + REACH + 1, row + REACH + 2) if 0 <= r < len(plane)]
         if off[beside, left:right].mean() < STRAYS * off[run].mean() and out[run].mean() > 0.5:
-            left, right = _grown(plane[row], off[row], left, right)
-            mask[row, left:right] = True
+            near = np.s_[max(left - GAP, 0):right + GAP]
+            lost = odd[row] > 0
+            lost[near] |= off[row, near] > STANDS_OUT
+            mask[row, slice(*_grown(plane[row], lost, left, right))] = True
     return mask
 
 
-def _grown(line, off, left, right) -> tuple[int, int]:
-    """A run's ends moved out over places of the level of its end, and over places that still stand out."""
-    def lost(column, end):
-        return (line[column] == line[end] and not DARK < line[end] < LIGHT) or off[column] > STANDS_OUT
-
-    first, last = max(left - GAP, 0), min(right + GAP, len(line))
-    while left > first and lost(left - 1, left):
-        left -= 1
-    while right < last and lost(right, right - 1):
-        right += 1
-    return left, right
+def _grown(line, lost, left, right) -> tuple[int, int]:
+    """A run's ends moved to the last lost places that hang together with it: by gaps below GAP, or by the level of the run."""
+    level = np.median(line[left:right])
+    alike = lost | ((np.abs(line - level) <= SAME) & (not DARK < level < LIGHT))
+    closed = cv2.morphologyEx(alike[None].astype(np.uint8), cv2.MORPH_CLOSE, np.ones((1, GAP), np.uint8))[0]
+    apart = np.flatnonzero(closed == 0)
+    reach = slice(apart[apart < left].max(initial=-1) + 1, apart[apart >= right].min(initial=len(line)))
+    ends = np.flatnonzero(lost[reach]) + reach.start
+    return min(left, ends.min(initial=left)), max(right, ends.max(initial=right - 1) + 1)
