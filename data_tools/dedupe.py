@@ -1,11 +1,11 @@
 """Finds clips that are there twice, in the whole set: the same bytes or span, and pictures that look alike.
 
-    python -m data_tools.dedupe IN.parquet OUT.parquet [--bits 6] [--alike 3] [--keep SCORE]
+    python -m data_tools.dedupe IN.parquet OUT.parquet [--bits 8] [--alike 3] [--keep SCORE]
 
 Looks are compared by the 64-bit perceptual hashes of four pictures, at 1/8, 3/8, 5/8 and 7/8 of each clip, that data_tools.score
 leaves in tags["phash"]: no file is opened. Of clips that are alike, directly or by others between them, the best one stays.
-Found: re-encodes, other sizes, rates and brightness, light crops. Not found: mirrored pictures, heavy crops, the same scene at
-another start.
+Found: re-encodes, other sizes and brightness, mirrored pictures, crops of 5%, most logos and subtitles. Not found: crops of 10%
+and more, added bars, the same scene from another start on.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from data_tools.manifest import Row
 
 VERSION = "1"  # raised when other rows are dropped than before
 PICTURES = 4  # hashes of a clip
+# Bits of the odd horizontal frequencies, which change their sign where a picture is mirrored: see data_tools.score.hash_of
+MIRROR = np.uint64(0xAAAAAAAAAAAAAAAA)
 CROWD = 256  # rows with an equal part of a hash; in a larger crowd each is compared with its nearest in the hashes' order
 NEAREST = 32
 
@@ -30,7 +32,7 @@ NEAREST = 32
 class Settings:
     """Which clips count as equal, and which of them stays."""
 
-    bits: int = 6  # of 64 in which the hashes of two pictures that are alike may differ; -1 looks for equal files and spans alone
+    bits: int = 8  # of 64 in which the hashes of two pictures that are alike may differ; -1 looks for equal files and spans alone
     alike: int = 3  # of the four pictures that must be alike
     keep: str = ""  # the score whose greatest stays; empty: the longest clip, then the first id
     least_change: int = 0  # bits by which some picture of a clip must differ from its first one; 0 asks for none
@@ -59,9 +61,8 @@ def work(rows: list[Row], job: manifest.Job) -> list[Row]:
             same.join(members[0], other)
             near.join(members[0], other)
     hashes, known = _hashes(ranked)
-    if settings.bits >= 0:
-        for one, other in _alike(hashes, known, settings):
-            near.join_all(one, other)
+    for one, other in _alike(hashes, known, settings):
+        near.join_all(one, other)
     sizes = np.bincount([near.of(i) for i in range(len(rows))], minlength=len(rows))
     dropped = list(rows)
     for i, row in enumerate(ranked):
@@ -142,41 +143,43 @@ def _hashes(rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _alike(hashes: np.ndarray, known: np.ndarray, settings: Settings) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of rows that look alike, as two arrays of numbers, some of them more than once.
+    """Pairs of rows that look alike, as they are or mirrored, as two arrays of numbers; some pairs come more than once.
 
-    Equal hashes are joined at once. Else candidates are rows with an equal 16-bit part of a hash in the same place: with three
-    pictures of four alike there are twelve parts, so pairs that differ in up to eleven bits of these are always found, and in
-    eighteen nearly always. (Banding: Manku, Jain, Das Sarma, "Detecting near-duplicates for web crawling", 2007.)
+    Candidates are rows with an equal 16-bit part of a hash in the same place: with three pictures of four alike there are twelve
+    parts, so pairs that differ in up to eleven bits of these are always found, and most of those that differ in more. (Banding:
+    Manku, Jain, Das Sarma, "Detecting near-duplicates for web crawling", 2007.)
     """
+    if settings.bits < 0 or not known.any():
+        return
     numbers = np.flatnonzero(known)
-    order = numbers[np.lexsort((*hashes[numbers].T, ))]
-    same = (hashes[order[1:]] == hashes[order[:-1]]).all(1) if len(order) else np.zeros(0, bool)
+    order = numbers[np.lexsort(hashes[numbers].T)]
+    same = (hashes[order[1:]] == hashes[order[:-1]]).all(1)
     yield order[:-1][same], order[1:][same]
-    single = order[np.concatenate([[True], ~same])] if len(order) else order  # one of each kind
+    single = order[np.concatenate([[True], ~same])]  # one of each kind, so that equal rows make no crowd
+    looks = np.concatenate([hashes[single], hashes[single] ^ MIRROR])
     for picture in range(PICTURES):
+        # Within a crowd the order is that of the other pictures' hashes, so that neighbours are likely alike.
+        rest = [looks[:, (picture + k) % PICTURES] for k in (3, 2, 1, 0)]
         for shift in range(0, 64, 16):
-            part = (hashes[single, picture] >> np.uint64(shift)) & np.uint64(0xFFFF)
-            # Within a crowd the order is that of the other pictures' hashes, so that neighbours are likely alike.
-            rest = [hashes[single, (picture + k) % PICTURES] for k in (3, 2, 1, 0)]
-            by_part = np.lexsort((*rest, part))
-            yield from _near(single[by_part], part[by_part], hashes, settings)
+            part = (looks[:, picture] >> np.uint64(shift)) & np.uint64(0xFFFF)
+            for one, other in _near(np.lexsort((*rest, part)), part, looks, settings):
+                yield single[one % len(single)], single[other % len(single)]
 
 
-def _near(order: np.ndarray, part: np.ndarray, hashes: np.ndarray, settings: Settings) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The alike pairs among rows of equal `part`, which lie together in `order`: each row with the step-th after it."""
-    starts = np.flatnonzero(np.concatenate([[True], part[1:] != part[:-1]])) if len(part) else np.zeros(0, int)
+def _near(order: np.ndarray, part: np.ndarray, looks: np.ndarray, settings: Settings) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The alike pairs among looks [n 4] of equal `part` [n], which lie together in `order` [n]: each with the step-th after it."""
+    part = part[order]
+    starts = np.flatnonzero(np.concatenate([[True], part[1:] != part[:-1]]))
     sizes = np.diff(np.append(starts, len(part)))
-    size = np.repeat(sizes, sizes)
-    last = np.repeat(starts + sizes, sizes)
-    at = np.arange(len(part))
+    size, last = np.repeat(sizes, sizes), np.repeat(starts + sizes, sizes)
     reach = np.where(size <= CROWD, size - 1, NEAREST)
-    for step in range(1, int(reach.max(initial=0)) + 1):
+    at = np.arange(len(part))
+    for step in range(1, int(reach.max()) + 1):
         at = at[(reach[at] >= step) & (at + step < last[at])]
-        if not len(at):
-            return
         one, other = order[at], order[at + step]
-        differ = np.bitwise_count(hashes[one] ^ hashes[other])
-        alike = (differ <= settings.bits).sum(1) >= settings.alike
+        plain = np.minimum(one, other) < len(looks) // 2  # two that are mirrored are also there as they are
+        one, other = one[plain], other[plain]
+        alike = (np.bitwise_count(looks[one] ^ looks[other]) <= settings.bits).sum(1) >= settings.alike
         yield one[alike], other[alike]
 
 
