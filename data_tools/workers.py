@@ -1,0 +1,150 @@
+"""Where batches of rows are done: on processes of this machine or on Ray Data.
+
+Both take calls as they are needed and give each back as it ends. A worker uses one thread: processes are the parallelism here,
+more threads would wait for each other and could change sums.
+"""
+
+import errno
+import importlib
+import itertools
+import multiprocessing
+import os
+import pickle
+import sys
+import threading
+import traceback
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, wait
+from concurrent.futures import TimeoutError as Overdue
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+from pebble import ProcessExpired, ProcessPool  # of the extra [data]
+
+from data_tools import manifest
+from data_tools.manifest import Job, Row
+
+ENVIRONMENT = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT}  # no clip's fault: the run ends
+
+
+class Stage(NamedTuple):
+    """Where a stage's code lies, and how its rows come."""
+
+    module: str
+    rows: int = 16  # at most, in a batch; of rows that come together, so many groups
+    work: str = "work"
+    settings: str = "Settings"
+    whole: bool = False  # all rows at once, in this process
+
+    def part(self, name: str) -> Any:
+        """What the module calls so; None if there is no such thing."""
+        return getattr(importlib.import_module(self.module), name, None)
+
+    def here(self, settings: Any) -> bool:
+        """Whether it looks at rows alone, which no worker is worth."""
+        only = self.part("rows_alone")
+        return self.whole or (only(settings) if only else self.rows >= manifest.ROWS)
+
+
+class Call(NamedTuple):
+    """A batch on its way to a worker."""
+
+    stage: Stage
+    job: Job
+    rows: list[Row]
+    part: Path  # what it leaves
+
+
+def _do(call: Call) -> str | None:
+    """Does a batch and leaves its part; gives the trace of what went wrong. Raises OSError for a full disk and its like."""
+    _one_thread()
+    try:
+        rows = call.stage.part(call.stage.work)(call.rows, call.job)
+        manifest.write(call.part, rows)
+    except ImportError:
+        raise
+    except Exception as error:  # whatever it is, it is not to end the run
+        if isinstance(error, OSError) and error.errno in ENVIRONMENT:
+            raise
+        return f"{traceback.format_exc()}\nfailed ({type(error).__name__}: {' '.join(str(error).split())})"
+    return None
+
+
+def _one_thread() -> None:
+    cv2.setNumThreads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for what is yet to be imported
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    """A worker whose program was killed must not go on beside the next one."""
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def on_processes(calls: Iterable[Call], workers: int, timeout_s: float) -> Iterator[tuple[Call, str | None]]:
+    """Each batch as it ends, with what went wrong or None. A clip may take timeout_s."""
+    context = multiprocessing.get_context("forkserver")  # threads of this process would not survive a plain fork
+    calls = iter(calls)
+    first = list(itertools.islice(calls, 1))
+    context.set_forkserver_preload([call.stage.module for call in first])
+    pool = ProcessPool(max_workers=workers, max_tasks=64, initializer=_end_with_parent, context=context)
+    calls, running = itertools.chain(first, calls), {}
+    try:
+        while True:
+            for call in itertools.islice(calls, 2 * workers - len(running)):
+                running[pool.schedule(_do, (call,), timeout=timeout_s * len(call.rows))] = call
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                call, wrong = running.pop(future), None
+                try:
+                    wrong = future.result()
+                except Overdue:
+                    wrong = f"took longer than {timeout_s:g} s"
+                except ProcessExpired as error:
+                    wrong = f"ended its process (code {error.exitcode})"
+                yield call, wrong
+        pool.close()
+    finally:
+        pool.stop()
+        pool.join()
+
+
+def on_ray(calls: Iterable[Call], workers: int, timeout_s: float, address: str = "") -> Iterator[tuple[Call, str | None]]:
+    """The same on Ray Data, a task a batch; address: of a running cluster, or a new one on this machine."""
+    try:
+        import ray.data
+    except ImportError as error:
+        raise ValueError(f"executor: ray is not installed ({error}): pip install 'ray[data]'") from None
+    if not ray.is_initialized():
+        here = {} if address else {"num_cpus": workers, "include_dashboard": False}
+        ray.init(address=address or None, log_to_driver=False, logging_level="ERROR", **here)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars, context.max_errored_blocks = False, -1  # a batch that is lost is done again, alone
+    calls = iter(calls)
+    while chunk := list(itertools.islice(calls, 1024)):
+        waiting = {call.job.number: call for call in chunk}
+        items = [{"number": number, "call": pickle.dumps(call), "limit_s": timeout_s * len(call.rows)}
+                 for number, call in waiting.items()]
+        done = ray.data.from_items(items, override_num_blocks=len(items)).map(_do_on_ray, num_cpus=1)
+        for row in done.iter_rows():
+            yield waiting.pop(row["number"]), row["wrong"] or None
+        for call in waiting.values():
+            yield call, "ended its process"
+
+
+def _do_on_ray(item: dict[str, Any]) -> dict[str, Any]:
+    """A batch in a worker of Ray, which knows no time limit: a watch ends the worker's process."""
+    watch = threading.Timer(item["limit_s"], os._exit, (1,))
+    watch.daemon = True
+    watch.start()
+    try:
+        return {"number": item["number"], "wrong": _do(pickle.loads(item["call"])) or ""}
+    finally:
+        watch.cancel()
