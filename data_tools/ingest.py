@@ -299,8 +299,8 @@ def _ours(about: dict[str, Any]) -> Listed:
         raise Bad(f"not an id of ours: {about['id']!r}")
     columns = manifest.pa.schema([manifest.SCHEMA.field(key) for key in about])
     manifest.pa.RecordBatch.from_pylist([about], columns)
-    return Listed(about.get("video") or about["id"], about.get("from_s"), about.get("to_s"), about.get("caption") or "",
-                  about["id"], facts={key: value for key, value in about.items() if key not in ("path", "shard", "dropped")})
+    facts = {key: about.get(key) for key in manifest.SCHEMA.names if key not in ("path", "shard", "dropped")}
+    return Listed(facts["video"] or facts["id"], facts["from_s"], facts["to_s"], facts["caption"] or "", facts["id"], facts=facts)
 
 
 def webdataset(path: Path) -> Iterator[Entry]:

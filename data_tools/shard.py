@@ -55,6 +55,7 @@ def work(rows: list[Row], job: Job) -> list[Row]:
     settings: Settings = job.settings
     licence.check(licence.found(rows), settings.allow, "shard.allow")
     index = job.out / "shards" / "index.json"
+    index.parent.mkdir(parents=True, exist_ok=True)
     held = json.loads(index.read_text())["shards"] if index.is_file() else {}
     done: dict[str, dict] = {}
     made = [row | {"dropped": _unfit(row, job.out)} for row in rows]
