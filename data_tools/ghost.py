@@ -182,19 +182,19 @@ def _at(share: float) -> int:
     return int(np.argmin(np.abs(GRID - share)))
 
 
-def _excess(heaps: np.ndarray, kind: str, stride: int = 1, width: float = 3.0) -> np.ndarray:
-    """How far the heap [0] of a film stands above that of the film backwards [1], over their bed, for the shares of GRID.
-
-    width: of the heap, in bins."""
-    little = heaps.sum() * 1e-5 + 0.3
+def _along(heap: np.ndarray, kind: str, stride: int, width: float) -> np.ndarray:
+    """A heap [bins bins], blurred by `width` bins, along the curve of the shares of GRID."""
     share = GRID ** stride
     x = ((share - LOW) / STEP - 0.5).astype(np.float32)
     y = (((share**2 if kind == "trail" else 0 * share) - LOW) / STEP - 0.5).astype(np.float32)
+    return cv2.remap(cv2.GaussianBlur(heap, (0, 0), width), y[None], x[None], cv2.INTER_LINEAR)[0]
 
-    def along(heap, width):
-        return cv2.remap(cv2.GaussianBlur(heap, (0, 0), width), y[None], x[None], cv2.INTER_LINEAR)[0]
 
-    return along(heaps[0] - heaps[1], width) / (along(heaps[0] + heaps[1], 8) / 2 + little)
+def _excess(heaps: np.ndarray, kind: str, stride: int = 1) -> np.ndarray:
+    """How far the heap [0] of a film stands above that of the film backwards [1], over their bed, for the shares of GRID."""
+    little = heaps.sum() * 1e-5 + 0.3
+    bed = _along(heaps[0] + heaps[1], kind, stride, 8) / 2
+    return _along(heaps[0] - heaps[1], kind, stride, 3) / (bed + little)
 
 
 def _peak(heaps: np.ndarray, kind: str) -> Peak:
@@ -214,9 +214,13 @@ def _top(heap: np.ndarray, kind: str, stride: int) -> Peak:
     if not len(inner) or heap[0].sum() < 100:
         return Peak(kind, 0.0, 0.0, stride)
     top = inner[np.argmax(curve[inner])]
-    near = slice(max(top - 6, 0), top + 7)  # the top of a narrower heap is not drawn aside by what lies around
-    finer = GRID[near][np.argmax(_excess(heap, kind, stride, 1.5)[near])]
-    return Peak(kind, float(finer), float(curve[top]), stride)
+    near = range(max(top - 6, 1), min(top + 7, len(GRID) - 1))
+    narrow = _along(heap[0] - heap[1], kind, stride, 1.5)  # not drawn aside by what lies around
+    at = max(near, key=lambda k: narrow[k])
+    left, middle, right = narrow[at - 1:at + 2]
+    bend = left - 2 * middle + right
+    finer = 0.5 * (left - right) / bend if bend < 0 and middle >= max(left, right) else 0.0
+    return Peak(kind, float(GRID[at] + 0.01 * finer), float(curve[top]), stride)
 
 
 def _slopes(heaps: np.ndarray, whole: Peak) -> tuple[float, float]:
