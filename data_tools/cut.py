@@ -8,8 +8,6 @@ holds the times of the frames in the film that the others made.
 """
 
 import argparse
-import hashlib
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -60,27 +58,22 @@ def _row(row: Row, job: Job) -> Row:
     if not row.get("picked"):
         return row | {"dropped": "no frames were picked"}
     path, source = f"clips/{row['id']}.mp4", job.out / row["path"]
-    settings = asdict(job.settings) | {"picked": row["picked"]}
+    origin, stitched = row.get("origin"), any(edit["step"] == "stitch" for edit in row.get("edits") or [])
+    of_source = not stitched and (not origin or origin["path"] == row["path"])  # not of a film that was cleaned or joined
+    settings = asdict(job.settings) | {"picked": row["picked"], "of_source": of_source}
     try:
-        origin = row.get("origin")
-        if not origin and not _step(row, "stitch"):
-            origin = {"path": row["path"], "sha256": stitch.file_hash(source), "start_s": row["start_s"], "end_s": row["end_s"]}
+        if of_source:
+            key = (origin or row).get("sha256") or stitch.source_digest(source)
+            origin = {"path": row["path"], "sha256": key, "start_s": row["start_s"], "end_s": row["end_s"]}
         write(job.out / path, source, settings)
         shown = video.probe(job.out / path)
     except (ValueError, OSError) as error:
         return row | {"dropped": f"cannot be cut ({str(error).removeprefix(f'{source}: ')})"}
     edits = [*(row.get("edits") or []), stitch.written(Edit("cut", settings, 1.0, VERSION))]
-    with open(job.out / path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    count = len(row["picked"])
-    return row | {"path": path, "sha256": digest, "origin": origin, "edits": edits, "transitions": [], "frames": count,
-                  "start_s": 0.0, "end_s": count / job.settings.fps, "fps": job.settings.fps,
-                  "picked": [i / job.settings.fps for i in range(count)], "width": shown.shown_width, "height": shown.shown_height}
-
-
-def _step(row: Row, name: str) -> dict[str, Any] | None:
-    """The settings of a row's edit of that name."""
-    return next((json.loads(edit["settings"]) for edit in row.get("edits") or [] if edit["step"] == name), None)
+    count, fps = len(row["picked"]), job.settings.fps
+    return row | {"path": path, "sha256": stitch.digest(job.out / path), "origin": origin, "edits": edits, "transitions": [],
+                  "frames": count, "fps": fps, "start_s": 0.0, "end_s": count / fps, "picked": [i / fps for i in range(count)],
+                  "width": shown.shown_width, "height": shown.shown_height}
 
 
 def write(path: Path, source: Path, settings: dict[str, Any]) -> None:
@@ -88,8 +81,7 @@ def write(path: Path, source: Path, settings: dict[str, Any]) -> None:
 
     Raises ValueError naming the source if it has no picture at one of these times.
     """
-    film = films.write(path, chosen(source, settings), settings["crf"], "medium")
-    assert film == len(settings["picked"])
+    films.write(path, chosen(source, settings), settings["crf"], "medium")
 
 
 def chosen(source: Path, settings: dict[str, Any]) -> Film:

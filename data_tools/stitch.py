@@ -191,11 +191,13 @@ class Piece:
     origin: dict[str, Any] | None  # of its row: what the file was made from, if it was cleaned
 
 
-@lru_cache(maxsize=4096)
-def file_hash(path: Path) -> str:
-    """Of the file's bytes, which nothing changes while a run lasts."""
+def digest(path: Path) -> str:
+    """The hash of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+source_digest = lru_cache(maxsize=4096)(digest)  # of sources, which nothing changes while a run lasts
 
 
 def joined(pieces: list[Piece], folder: Path) -> Film:
@@ -244,13 +246,15 @@ def _joined(chain: list[Row], joins: list[join.Join], job: Job) -> tuple[Row, Fi
         shift += joins[number - 1].shift_s if number else 0.0
         start = joins[number - 1].start_s if number else row.get("start_s") or 0.0
         end = joins[number].end_s if number < len(joins) else row.get("end_s")
-        pieces.append(Piece(row["id"], row["path"], file_hash(job.out / row["path"]), start, end, shift, row.get("origin")))
+        pieces.append(Piece(row["id"], row["path"], source_digest(job.out / row["path"]), start, end, shift, row.get("origin")))
     settings = {"crf": job.settings.crf, "pieces": [asdict(piece) for piece in pieces]}
     edit = Edit("stitch", settings, min(found.confidence for found in joins))
     key = hashlib.sha256(json.dumps(["stitch", VERSION, settings], sort_keys=True).encode()).hexdigest()
     changes = [change for row, piece in zip(chain, pieces, strict=True) for change in _moved(row, piece)]
     looked = all(row.get("transitions") is not None for row in chain)
+    end = chain[-1].get("end_s")
     row = _merged(chain) | {"id": key, "path": f"clips/{key}.mp4", "transitions": changes if looked else None, "start_s": 0.0,
+                            "end_s": None if end is None else end + shift,
                             "edits": [edit for row in chain for edit in row.get("edits") or []] + [written(edit)]}
     return row, joined(pieces, job.out)
 
@@ -302,9 +306,9 @@ def _from_chain(chain: list[Row], joins: list[join.Join], job: Job) -> list[Row]
             films.write(job.out / row["path"], film, job.settings.crf)
     except (ValueError, OSError):  # a piece is damaged: each on its own, which says so
         return [made for member in chain for made in _from_row(member, job)]
-    digest = file_hash(job.out / row["path"]) if clips else None
-    row |= {"dropped": f"cut: into {len(clips)} clips" if clips else why, "sha256": digest, "path": row["path"] if clips else None}
-    return [*_within(chain, row["id"]), row, *(clip | {"sha256": digest} for clip in clips)]
+    key = digest(job.out / row["path"]) if clips else None
+    row |= {"dropped": f"cut: into {len(clips)} clips" if clips else why, "sha256": key, "path": row["path"] if clips else None}
+    return [*_within(chain, row["id"]), row, *(clip | {"sha256": key} for clip in clips)]
 
 
 def _clips(row: Row, film: Film, settings: Settings) -> tuple[list[Row], str]:
