@@ -163,6 +163,9 @@ def run(cfg: Run, steps: list[Step], task: tuple[int, int] = (0, 1), again: tupl
         before = None
         for step in steps:
             before = _step(cfg, step, before, out, task, step.name in again)
+            for later in steps[1:] if step.number == 0 else ():
+                if ask := later.stage.part("ask"):  # what would end the run at last had better end it now
+                    ask(before, later.settings)
         if task[0] == 0:
             _publish(out, before, steps)
     return before
@@ -184,17 +187,20 @@ def _step(cfg: Run, step: Step, before: Path | None, out: Path, task: tuple[int,
     if anew and task[0] == 0:
         target.with_suffix(".json").unlink(missing_ok=True)
         _forget(target)
-    if _record(target).get("key") == key:
-        return target
     parts = target.with_name(f"{step.title}.{key[:12]}")
+
+    def ended() -> bool:
+        return _record(target).get("key") == key
+
+    if ended():
+        return target
     if before is None or step.stage.here(step.settings):
-        if task[0] and _waited(lambda: _record(target).get("key") == key, cfg.patience_s):
+        if task[0] and _waited(ended, cfg.patience_s):
             return target
         rows = step.stage.part("listed")(step.settings, out) if before is None else _done_here(step, before, out)
     else:
-        parts.mkdir(exist_ok=True)
-        _work(cfg, step, before, out, parts, task)
-        if task[0] and _waited(lambda: _record(target).get("key") == key, cfg.patience_s):
+        _work(cfg, step, before, out, parts, task, ended)
+        if task[0] and _waited(ended, cfg.patience_s):
             return target
         rows = (row for part in sorted(parts.glob("part-*.parquet")) for row in manifest.read(part))
     made = manifest.write(target, itertools.chain(rows, _dropped(before) if before else ()), _about(step))
@@ -226,8 +232,10 @@ def _done_here(step: Step, before: Path, out: Path) -> Iterator[Row]:
         yield from work([row for group in groups for row in group], Job(out, step.settings, number))
 
 
-def _work(cfg: Run, step: Step, before: Path, out: Path, parts: Path, task: tuple[int, int]) -> None:
-    """Does all batches that have no part yet: in a task, its own, and then those that others leave undone."""
+def _work(cfg: Run, step: Step, before: Path, out: Path, parts: Path, task: tuple[int, int], ended: Callable[[], bool]) -> None:
+    """Does all batches that have no part yet: in a task, its own, and then those that others leave undone, until all are there."""
+    parts.mkdir(exist_ok=True)
+
     def todo(mine: bool) -> Iterator[Call]:
         for number, groups in enumerate(_batches(step, before)):
             part = parts / f"part-{number:06d}.parquet"
@@ -237,7 +245,7 @@ def _work(cfg: Run, step: Step, before: Path, out: Path, parts: Path, task: tupl
     _carry_out(cfg, step, todo(True), sum(1 for _ in _live(before)))
     if task[1] > 1:
         wanted = sum(1 for _ in _batches(step, before))
-        while not _waited(lambda: len(list(parts.glob("part-*.parquet"))) == wanted, cfg.patience_s):
+        while not _waited(lambda: ended() or len(list(parts.glob("part-*.parquet"))) == wanted, cfg.patience_s):
             _carry_out(cfg, step, todo(False), 0)
 
 
