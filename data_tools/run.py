@@ -163,6 +163,10 @@ def run(cfg: Run, steps: list[Step], task: tuple[int, int] = (0, 1), again: tupl
         before = None
         for step in steps:
             before = _step(cfg, step, before, out, task, step.name in again)
+            for later in steps if step.number == 0 else ():
+                ask = later.stage.part("ask")
+                if ask:
+                    ask(before, later.settings)
             for later in steps[1:] if step.number == 0 else ():
                 if ask := later.stage.part("ask"):  # what would end the run at last had better end it now
                     ask(before, later.settings)
@@ -306,7 +310,7 @@ def _publish(out: Path, last: Path, steps: list[Step]) -> None:
     if publish:
         publish(out)
     stages = [(step.name, step.about[-1][1], out / "stages" / f"{step.title}.parquet") for step in steps]
-    survival.page(stages, out / "survival.html", out)
+    print(survival.page(stages, out / "survival.html", out))
 
 
 def _submit(cfg: Run, argv: list[str]) -> None:
