@@ -192,7 +192,7 @@ def mira1(path: Path) -> Iterator[Entry]:
 
 def hdvg(path: Path) -> Iterator[Entry]:
     """HD-VG-130M, JSON: {video: {clip: {"{id}.{n}.mp4": {span, fps, scene_split: [{clip_id, scene_cut, caption}]}}}}."""
-    def scenes(video: str, name: str, clip: dict, url: str) -> list[Listed]:
+    def scenes(video: str, url: str, name: str, clip: dict) -> list[Listed]:
         start, end = (seconds(time) for time in clip["span"])
         found = []
         for scene in clip["scene_split"]:
@@ -204,14 +204,11 @@ def hdvg(path: Path) -> Iterator[Entry]:
         return found
 
     for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
-        held = _attempt(lambda file=file: _json(file))
-        if isinstance(held, Bad):
-            yield held
-            continue
-        for video, entry in held.items():
-            for name, clip in (entry.get("clip") or {}).items():
-                found = _attempt(lambda v=video, n=name, c=clip, e=entry: scenes(v, n, c, e.get("url") or ""))
-                yield from found if isinstance(found, list) else [found]
+        held = _attempt(lambda file=file: [(video, entry.get("url") or "", *clip) for video, entry in _json(file).items()
+                                           for clip in (entry.get("clip") or {}).items()])
+        for clip in [held] if isinstance(held, Bad) else held:
+            found = clip if isinstance(clip, Bad) else _attempt(lambda clip=clip: scenes(*clip))
+            yield from found if isinstance(found, list) else [found]
 
 
 def video2dataset(path: Path) -> Iterator[Entry]:
@@ -444,30 +441,26 @@ def listed(settings: Settings, out: Path, counts: Counter | None = None) -> Iter
         print(f"ingest {part.list}: " + ", ".join(f"{count} {name}" for name, count in here.items()), file=sys.stderr)
 
 
-def ingest(kind: str, path: Path, out: Path, files: Path | None = None, licence: str | None = None,
-           limit: int | None = None) -> Counter:
+def ingest(kind: str, path: Path, out: Path, files: Path | None = None, **more: Any) -> Counter:
     """Reads a list of one of READERS into the manifest `out`; gives how many clips it has, lack a file or a caption, or are bad
-    lines. Raises ValueError naming a list that is not there or of an unknown kind."""
+    lines. more: the other fields of List. Raises ValueError naming a list that is not there or of an unknown kind."""
     counts: Counter = Counter()
-    part = List(kind, str(path), str(files or ""), licence=licence or "", limit=limit or 0)
+    part = List(kind, str(path), str(files or ""), **more)
     manifest.write(out, listed(Settings([part]), out.parent, counts))
     return counts
 
 
 def _rows_of(part: List, out: Path, counts: Counter, seen: set[str]) -> Iterator[dict[str, Any]]:
-    path, here = Path(part.list), out.resolve()
-    files = Files(Path(part.files) if part.files else path if path.is_dir() else None)
+    path, out = Path(part.list), out.resolve()
+    files = Files(Path(part.files).resolve() if part.files else path.resolve() if path.is_dir() else None)
     entries = itertools.islice(READERS[part.kind](path), part.limit or None)
     for entry in tqdm(entries, desc=f"ingest {path.name}", unit=" clips", disable=None):
-        wrong = entry if isinstance(entry, Bad) else None
-        if wrong is None and entry.from_s is not None and (entry.to_s is None or not 0 <= entry.from_s < entry.to_s):
-            wrong = Bad(f"{entry.name or entry.video}: from {entry.from_s} to {entry.to_s} s is no span")
-        if wrong is not None:
+        row = entry if isinstance(entry, Bad) else _attempt(lambda entry=entry: _row(entry, part))
+        if isinstance(row, Bad):
             counts["bad lines"] += 1
             if counts["bad lines"] <= 5:
-                print(f"passed over: {wrong}", file=sys.stderr)
+                print(f"passed over: {row}", file=sys.stderr)
             continue
-        row = _row(entry, part)
         if row["id"][:20] in seen:
             counts["repeated"] += 1
             continue
@@ -476,7 +469,7 @@ def _rows_of(part: List, out: Path, counts: Counter, seen: set[str]) -> Iterator
         if "start_s" not in entry.facts:
             row["start_s"], row["end_s"] = (entry.from_s, entry.to_s) if whole else (
                 (0.0, None if entry.from_s is None else entry.to_s - entry.from_s))
-        row["path"] = file and Path(os.path.relpath(file.resolve(), here)).as_posix()
+        row["path"] = file and Path(os.path.relpath(file, out)).as_posix()
         row["dropped"] = "no file" if file is None else row.get("dropped") or (
             "no caption" if part.captioned and not row["caption"] else None)
         counts["clips"] += 1
@@ -485,19 +478,34 @@ def _rows_of(part: List, out: Path, counts: Counter, seen: set[str]) -> Iterator
 
 
 def _row(entry: Listed, part: List) -> dict[str, Any]:
-    """The row of a clip, but for where its file is."""
+    """The row of a clip, but for where its file is. Raises Bad for values that no row can have."""
+    span = entry.from_s, entry.to_s
+    if span != (None, None) and (None in span or not 0 <= entry.from_s < entry.to_s < math.inf):
+        raise Bad(f"{entry.name or entry.video}: from {entry.from_s} to {entry.to_s} s is no span")
     about = f"{part.kind} {entry.video} {entry.from_s} {entry.to_s} {entry.name}"
-    caption = " ".join(entry.caption.split())
+    caption = " ".join((_text(entry.caption) or "").split())
     source = part.source or part.kind
+    told = {"licence": part.licence} if part.licence else {}
     return {"id": hashlib.sha256(about.encode(errors="replace")).hexdigest(), "source": source,
-            "source_id": entry.name or f"{entry.video}_{entry.from_s}_{entry.to_s}",
-            "video": entry.video, "from_s": entry.from_s, "to_s": entry.to_s, "url": entry.url or None,
+            "source_id": _text(entry.name) or f"{_text(entry.video)}_{entry.from_s}_{entry.to_s}",
+            "video": _text(entry.video), "from_s": entry.from_s, "to_s": entry.to_s, "url": _text(entry.url),
             "caption": caption or None, "caption_source": source if caption else None,
-            "captions": {name: value or None for name, value in entry.captions.items()},
+            "captions": {name: _text(value) for name, value in entry.captions.items()},
             "scores": {name: value for name, raw in entry.scores.items() if (value := _number(raw)) is not None},
-            "tags": {name: str(value) for name, value in entry.tags.items() if value not in (None, "")},
-            "edits": [], "licence": licence.OF_LISTS.get(part.kind), **entry.facts} | (
-                {"licence": part.licence} if part.licence else {}) | ({"source": part.source} if part.source else {})
+            "tags": {name: _text(str(value)) for name, value in entry.tags.items() if value not in (None, "")},
+            "edits": [], "licence": licence.OF_LISTS.get(part.kind),
+            **{name: value for name, value in entry.facts.items() if not isinstance(value, int | float) or abs(value) < 2**31},
+            **told, **({"source": part.source} if part.source else {})}
+
+
+def _text(value: Any) -> str | None:
+    """Text as a file can hold it; None for nothing. Raises Bad for lists and the like."""
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str | int | float):
+        raise Bad(f"not a text: {str(value)[:100]}")
+    text = str(value)
+    return text if text.isascii() else text.encode(errors="replace").decode()
 
 
 def _unpacked(entry: Listed, key: str, out: Path) -> tuple[Path, bool]:
@@ -515,7 +523,7 @@ def _attempt(read: Callable[[], Any]) -> Any:
         return read()
     except Bad as error:
         return error
-    except (KeyError, ValueError, TypeError, SyntaxError, AttributeError, IndexError, OSError, ZeroDivisionError) as error:
+    except (LookupError, ValueError, TypeError, SyntaxError, AttributeError, OSError, ArithmeticError, RecursionError) as error:
         return Bad(f"{type(error).__name__}: {str(error)[:200]}")
 
 
@@ -533,14 +541,15 @@ def _lines(path: Path) -> Iterator[Any]:
     """The objects of JSON lines, or of one JSON list."""
     with open(path, encoding="utf-8", errors="replace") as file:
         if file.read(1) == "[":
-            yield from _json(path)
+            held = _attempt(lambda: _json(path))
+            yield from [held] if isinstance(held, Bad) else held
             return
         file.seek(0)
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
                     yield json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     yield Bad(f"line {number}: not JSON")
 
 
@@ -590,11 +599,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("list", type=Path, help="the file, or the folder")
     parser.add_argument("out", type=Path, help="the manifest, .parquet")
     parser.add_argument("--files", type=Path, help="folder of the videos or clips")
-    parser.add_argument("--licence", help="of the clips, if it is not the list's own")
-    parser.add_argument("--limit", type=int, help="read so many entries only")
+    parser.add_argument("--source", default="", help="name of the collection, if it is not the kind")
+    parser.add_argument("--licence", default="", help="of the clips, if it is not the list's own")
+    parser.add_argument("--limit", type=int, default=0, help="read so many entries only; 0: all")
+    parser.add_argument("--uncaptioned", dest="captioned", action="store_false", help="keep clips without a caption")
     args = parser.parse_args(argv)
     try:
-        counts = ingest(args.kind, args.list, args.out, args.files, args.licence, args.limit)
+        counts = ingest(args.kind, args.list, args.out, args.files, source=args.source, licence=args.licence, limit=args.limit,
+                        captioned=args.captioned)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -305,3 +305,51 @@ def test_several_lists_make_one_manifest(tmp_path):
     for wrong, name in ((dict(kind="x"), "kind: x"), (dict(limit=-1), "limit: -1")):
         with pytest.raises(ValueError, match=name):
             ingest.List(**{"kind": "panda", "list": "l"} | wrong)
+
+
+ODD = (None, "", 5, -1, 1e300, float("nan"), float("inf"), True, [], {}, ["x"], {"a": 1}, "\x00", "x" * 10_000, "[" * 5000,
+       "99:99:99:99", "nan", "1e999", "-5", "\ud800")
+
+
+@pytest.mark.parametrize("kind", ["internvid", "table", "hdvg", "vript", "koala", "panda"])
+def test_no_odd_value_stops_a_list(tmp_path, kind):
+    scene = {"clip_id": "0", "scene_cut": [0, 100], "caption": "x"}
+    good = {"internvid": {"YoutubeID": ID, "Start_timestamp": "00:00:01.000", "End_timestamp": "00:00:02.000", "Caption": "c",
+                          "UMT_Score": 0.5, "Language": "en"},
+            "table": {"file": "a.mp4", "caption": "c", "start": 1, "end": 2, "url": "u", "id": "i", "width": 64, "num_frames": 9,
+                      "clips": [[1, 2]], "licence": "CC0", "score": 1},
+            "hdvg": {"span": ["0", "9"], "fps": 25, "scene_split": [scene]},
+            "vript": {"video_id": ID, "caption": {"content": "c"}, "voiceover": ["a"], "video_title": "t"},
+            "koala": {"videoID": f"{ID}_1", "timestamp": "['0:00:10.0', '0:00:22.5']", "caption": "c", "motion_score": "1"},
+            "panda": {"videoID": ID, "url": "u", "timestamp": "[['0:01', '0:02']]", "caption": "['c']"}}[kind]
+    entries = [good, *(good | {key: odd} for key in good for odd in ODD), *ODD]
+    path = tmp_path / f"list.{'csv' if kind in ('koala', 'panda') else 'json'}"
+    if kind in ("koala", "panda"):
+        write_csv(path, [entry for entry in entries if isinstance(entry, dict) and entry.keys() == good.keys()
+                         and "\ud800" not in entry.values()])
+        path.write_bytes(path.read_bytes() + b"\xff\xfe,\x00\n\"never closed")
+    elif kind == "hdvg":
+        path.write_text(json.dumps({str(i): {"clip": {"c": entry}} for i, entry in enumerate(entries)}))
+    elif kind == "vript":
+        path = tmp_path / "lists"
+        path.mkdir()
+        for i, entry in enumerate(entries):
+            (path / f"{i}.json").write_text(json.dumps({"data": {f"{i}-Scene-001": entry}}))
+    else:
+        path.write_text("\n".join(map(json.dumps, entries)))
+    rows, counts = rows_of(kind, path, tmp_path / "out")
+    assert len(rows) == counts["clips"] >= 1 and counts["bad lines"] >= 5
+
+
+def test_odd_json_in_a_tar(tmp_path):
+    members = {}
+    ours = {"id": "a" * 64, "sha256": "b", "start_s": 0.0, "end_s": 1.0, "caption": "c"}
+    for i, entry in enumerate([*ODD, *({key: odd} for key in ("caption", "url", "clips", "start", "id", "width") for odd in ODD),
+                               *(ours | {key: odd} for key in ("id", "end_s", "caption", "path") for odd in ODD)]):
+        members |= {f"{i}.json": json.dumps(entry).encode(), f"{i}.mp4": b"pixels", f"{i}.txt": b"c"}
+    members["x.json"] = json.dumps(ours | {"id": "../../x", "dropped": "not ours to say"}).encode()
+    write_tar(tmp_path / "t.tar", members | {"x.mp4": b"pixels"})
+    rows, counts = rows_of("webdataset", tmp_path / "t.tar", tmp_path / "out")
+    assert len(rows) == counts["clips"] > 20 and counts["bad lines"] > 20
+    assert {path.parent for path in (tmp_path / "out").rglob("*.mp4")} == {tmp_path / "out" / "sources"}
+    assert all(row["dropped"] in (None, "no caption") for row in rows)
