@@ -10,9 +10,13 @@ import tarfile
 import numpy as np
 import pytest
 
-from data_tools import dedupe, ingest, licence, manifest, shard, verify
+from data_tools import dedupe, ingest, licence, manifest, score, shard, verify
+from data_tools import film as films
 from data_tools.manifest import Job
 from latte import keyed, video
+from latte.config import WorldConfig
+from latte.world.render import render
+from latte.world.scene import sample_scene
 
 
 def clip_of(number, frames=8):
@@ -99,6 +103,28 @@ def test_near_duplicates_keep_the_best():
     unhashed = [hashed(number, tags=tags) for number, tags in enumerate(({"phash": "zz,1,2,3"}, None, {"phash": "1"}))]
     assert set(without_twins([hashed(7), *unhashed]).values()) == {None}
     assert set(without_twins(unhashed).values()) == {None}
+
+
+def looks_of(path):
+    """A clip's hashes as data_tools.score makes them."""
+    pictures = [picture.y for picture in films.read(path)]
+    return ",".join(f"{score.hash_of(pictures[int(share * len(pictures))]):016x}" for share in score.LOOKS)
+
+
+def test_planted_copies_are_found(tmp_path):
+    rows = []
+    for number in range(10):
+        scene = sample_scene(keyed.rng(9, "scene", number), WorldConfig(), "train", 4.0, 1.5)
+        frames = render(scene, 96, 144, np.arange(32) / 8)
+        made = {"": frames, "small": frames[:, ::2, ::2], "dark": frames // 3 * 2, "mirrored": frames[:, :, ::-1],
+                "cropped": frames[:, 2:-2, 2:-2]}
+        for kind, pictures in made.items():
+            video.write(tmp_path / f"{number}{kind}.mp4", pictures, 8)
+        films.write(tmp_path / f"{number}coarse.mp4", films.read(tmp_path / f"{number}.mp4"), crf=38)
+        rows += [{"id": f"{number}{kind}", "path": f"{number}{kind}.mp4", "start_s": 0.0, "end_s": 4.0 + (not kind),
+                  "tags": {"phash": looks_of(tmp_path / f"{number}{kind}.mp4")}} for kind in (*made, "coarse")]
+    done = without_twins(rows)
+    assert done == {row["id"]: f"near-duplicate (of {row['id'][0]})" if row["id"][1:] else None for row in rows}
 
 
 def test_equal_files_and_spans():
