@@ -38,9 +38,11 @@ MOMENTS = 24  # of a film, at least, when it is long enough; at most twice as ma
 CLOSE = 12  # of these are looked at closely
 TRIALS = 4  # of these are repaired on trial, where a comb was found
 CERTAIN = 2.5  # score of a comb that is one even if no repair of it fits
-SMALL, SURELY = 0.7, 2.0  # below this scale little is left of a comb; so many log odds are wanted there, as credits look alike
-LEAST_SLOPE = 0.008  # levels carried for a level of change: clean enlarged pictures carry up to 0.007, by unevenly sharp lines
+LEAST_SLOPE = 0.0015  # levels carried for a level of change: below, it may be a remainder of what unevenly sharp lines carry
+LEAST_OWN = 0.3  # share of change that upright motion does not explain: rolling text has less, and carries it like a comb
+PARTS = 6  # of a picture, side by side, that are asked whether they agree
 LEAST_UP = 0.245  # cycles a line: below, a carrier can only be that of a picture that was shrunk
+HOME, AT_HOME = 1.5, 0.06  # log odds that speak for a comb whose picture was moved by at most so many lines: few ever were moved
 CODEC = 1.25  # by how much codecs and uneven motion make a comb seem weaker, typically
 COLUMNS = 240  # at most, of a moment: means of neighbours
 
@@ -49,7 +51,7 @@ COLUMNS = 240  # at most, of a moment: means of neighbours
 class Found:
     """A baked comb: how sure it is, and how the woven picture became this one."""
 
-    score: float  # of the head: above 0 is a comb
+    score: float  # log odds, less what one clean clip in a hundred passes
     confidence: float  # 0 to 1
     scale: float  # lines now / lines of the woven original
     height: int  # of the woven original, lines
@@ -79,26 +81,20 @@ def analyse(film: Film) -> Found | None:
 
 
 def scored(film: Film) -> tuple[Found | None, float]:
-    """What `analyse` gives, and the score behind it: at most 0 where it gives None, -20 for fields on lines of their own."""
+    """What `analyse` gives, and the score behind it: at most 0 where that is None, -20 for fields on lines of their own."""
     if film.kind.height < LEAST_LINES or film.kind.width < LEAST_LINES:
         return None, -20.0
     kept = moments(film)
     looks = [Look.of(moment) for moment in kept]
-    found = candidates(looks)
-    scores = [score(evidence) for evidence in found]
-    highest = max((value for evidence, value in zip(found, scores, strict=True) if not native(evidence.place, film.kind.height)),
-                  default=-20.0)
-    combs = [(evidence.slope, evidence.place, value) for evidence, value in zip(found, scores, strict=True) if value > 0]
-    if not combs:
-        return None, highest
-    _, place, value = max(combs)  # of a carrier and its harmonics, the one that carries most
-    if native(place, film.kind.height):
-        return None, -20.0
+    place, value = chosen(candidates(looks), film.kind.height, _heads()["comb"])
+    if place is None:
+        return None, value
     comb = located(kept, looks, place, value)
+    if comb.score < 0:
+        return None, comb.score
     left, misfit = tried(kept[::-(-len(kept) // TRIALS)], place, comb)
     comb = replace(comb, left=left, misfit=misfit)
-    certain = value > (SURELY if comb.scale < SMALL else 0)
-    return (comb, value) if certain and (comb.fits or value > CERTAIN) else (None, 0.0)
+    return (comb, comb.score) if comb.fits or value > CERTAIN else (None, 0.0)
 
 
 class Moment(NamedTuple):
@@ -155,13 +151,14 @@ class Look:
     fine: np.ndarray  # vertical structure of the middle picture, levels
     even: np.ndarray  # the finest of it, of equal strength everywhere
     change: np.ndarray  # the picture after less the picture before, smooth over lines
+    smooth: np.ndarray  # the middle picture, smooth over lines
 
     @staticmethod
     def of(moment: Moment) -> "Look":
         before, now, after = (plane.astype(np.float32) for plane in moment[:3])
         finest = now - _smooth(now, 1.0)
         even = finest / (cv2.blur(np.abs(finest), (9, 9)) + 1.5)
-        return Look(np.clip(now - _smooth(now, 2.5), -30, 30), even, _smooth(after - before, 2.0))
+        return Look(np.clip(now - _smooth(now, 2.5), -30, 30), even, _smooth(after - before, 2.0), now - finest)
 
     @property
     def lines(self) -> int:
@@ -174,11 +171,12 @@ class Evidence:
 
     place: float  # cycles a line, 0 to 0.5
     line: float  # height of the spectral line over what is around it
-    bond: float  # correlation of what the carrier carries with the change between pictures
+    bond: float  # correlation of what the carrier carries with the change between pictures, given the other causes
     lock: float  # share of its energy that has one phase, or the opposite one, where something moves
     still_lock: float  # the same where nothing moves; 0 where everything does
     accord: float  # how far the parts of pictures agree about the phase
     slope: float  # levels carried for a level of change
+    own: float  # share of the change's squares that differences between lines are not behind
     excess: float  # log of the energy at the place over that beside it, moving pixels against still ones
     near: float  # 1 at 0.5 cycles a line, where a picture cannot tell phases, 0 some lines away
     moving: float  # log of the moving pixels a picture
@@ -208,10 +206,11 @@ def candidates(looks: list[Look], count: int = 3) -> list[Evidence]:
     if not looks:
         return []
     places, height = spectrum(looks)
-    out = []
+    close = looks[::-(-len(looks) // CLOSE)]
+    causes, out = [Causes.of(look) for look in close], []
     for _ in range(count):
         top = int(np.argmax(height))
-        out.append(_evidence(looks[::-(-len(looks) // CLOSE)], float(places[top]), float(height[top])))
+        out.append(_evidence(close, causes, float(places[top]), float(height[top])))
         height[np.abs(places - places[top]) < 1.5 / looks[0].lines] = 0
     return out
 
@@ -222,21 +221,46 @@ def carried(plane: np.ndarray, place: float) -> tuple[np.ndarray, np.ndarray]:
     return _smooth(plane * np.cos(angle).astype(np.float32), 3.0), _smooth(plane * -np.sin(angle).astype(np.float32), 3.0)
 
 
-def _evidence(looks: list[Look], place: float, line: float) -> Evidence:
-    parts = 6  # of a picture, side by side
-    columns = looks[0].fine.shape[1] // parts * parts
+class Causes(NamedTuple):
+    """What may be behind what a carrier carries: the change between pictures, or lines that a rescale left unevenly sharp.
+
+    Such lines carry differences between lines, still or moving; of pictures that move upright these look like changes.
+    """
+
+    weight: np.ndarray  # float32 [h w']: fine structure counts less where there is much of it
+    table: np.ndarray  # float32 [PARTS 4 n]: weighed change, and differences of lines: smooth ones, second ones, fine ones
+    products: np.ndarray  # [PARTS 4 4] of the rows of the table
+
+    @staticmethod
+    def of(look: Look) -> "Causes":
+        smooth = _smooth(look.smooth, 1.7)
+        weight = 1 / (cv2.blur(np.abs(look.fine), (9, 9)) + 1.5)
+        slope = np.gradient(smooth, axis=0)
+        change = np.where(np.abs(look.change) > 4, np.clip(look.change, -40, 40), 0)
+        rows = (change, np.clip(slope, -20, 20), np.clip(np.gradient(slope, axis=0), -10, 10),
+                np.clip(np.gradient(look.smooth, axis=0) - slope, -20, 20))
+        table = np.stack([_parts(row * weight) for row in rows], 1)
+        return Causes(weight, table, table @ table.transpose(0, 2, 1))
+
+
+def _parts(plane: np.ndarray) -> np.ndarray:
+    """[PARTS n] of a plane [h w'], without the outermost lines."""
+    inside = plane[4:-4, :plane.shape[1] // PARTS * PARTS]
+    return inside.reshape(len(inside), PARTS, -1).transpose(1, 0, 2).reshape(PARTS, -1)
+
+
+def _evidence(looks: list[Look], causes: list[Causes], place: float, line: float) -> Evidence:
     sums = np.zeros((2, 6))  # of moving and of still pixels: energy, energy beside, phase (2), energies it is of, count
-    bonds, changes = [], 0.0
-    for look in looks:
+    carries, energies = [], 0.0  # what the carrier carries times its causes, and squared; weighed
+    for look, cause in zip(looks, causes, strict=True):
         re, im = carried(look.fine, place)
+        weighed_ = np.stack([_parts(plane * cause.weight) for plane in (re, im)], 2)
+        carries.append(cause.table @ weighed_)
+        energies += float(np.square(weighed_).sum())
         energy, beside = re * re + im * im, sum(np.square(part) for part in carried(look.fine, place - 0.06))
         weight = 1 / (np.sqrt(energy) + 0.5)
         size = np.abs(look.change)
         moves, still = (size > 6).astype(np.float32), (size < 2).astype(np.float32)
-        change = np.clip(look.change, -40, 40) * moves
-        bonds.append(sum(unit * np.einsum("hw,hw->w", part, change)[:columns].reshape(parts, -1).sum(1)
-                         for unit, part in ((1, re), (1j, im))))
-        changes += float(np.vdot(change, change))
         stack = (energy, beside, (re * re - im * im) * weight, 2 * re * im * weight, energy * weight)
         for k, where in enumerate((moves, still)):
             sums[k] += [*(np.vdot(plane, where) for plane in stack), where.sum()]
@@ -244,12 +268,29 @@ def _evidence(looks: list[Look], place: float, line: float) -> Evidence:
     lock, above = np.hypot(lock_re, lock_im) / (locked + 1), np.log((np.sqrt(energy / (count + 1)) + 0.1)
                                                                     / (np.sqrt(beside / (count + 1)) + 0.1))
     some_still = count[1] > 0.02 * count.sum()
-    bonds = np.array(bonds)
-    bond = abs(bonds.sum())
-    return Evidence(place, line, bond=float(bond / np.sqrt(energy[0] * changes + 1)), lock=float(lock[0]),
-                    still_lock=float(lock[1]) if some_still else 0.0, accord=float(bond / (np.abs(bonds).sum() + 1)),
-                    slope=float(bond / (changes + 1)), excess=float(above[0] - above[1]) if some_still else 0.0,
+    slope, own, bond, accord = _of_change(np.concatenate([cause.products for cause in causes]), np.concatenate(carries), energies)
+    return Evidence(place, line, bond=bond, lock=float(lock[0]), still_lock=float(lock[1]) if some_still else 0.0, accord=accord,
+                    slope=slope, own=own, excess=float(above[0] - above[1]) if some_still else 0.0,
                     near=max(0.0, 1 - (0.5 - place) * looks[0].lines / 6), moving=math.log(count[0] / len(looks) + 1))
+
+
+def _of_change(products: np.ndarray, carries: np.ndarray, energies: float) -> tuple[float, float, float, float]:
+    """Slope, own, bond and accord of `Evidence`: of what is carried, by least squares, that which change alone can be behind.
+
+    Of each part of each look: products [n 4 4] of the causes, change first, and carries [n 4 2] of the causes and the carrier's two
+    parts, whose squares sum up to `energies`.
+    """
+    whole = products.sum(0, dtype=float)
+    whole += 1e-3 * np.diag(np.diag(whole) + 1)
+    both = carries.sum(0)
+    shares = np.linalg.solve(whole, both)
+    slope, own = float(np.hypot(*shares[0])), 1 / np.linalg.inv(whole)[0, 0]  # own: squares of change that nothing else has
+    left = max(energies - float((both * shares).sum()), 1e-6)
+    others = np.linalg.solve(whole[1:, 1:], np.column_stack([both[1:], whole[1:, 0]]))  # behind the carrier, and behind change
+    only = np.append(1, -others[:, 2])
+    agree = (only @ carries - (only @ products)[:, 1:] @ others[:, :2]) @ np.array([1, 1j])
+    bond = float(slope * math.sqrt(own / (left + slope**2 * own)))
+    return slope, float(own / whole[0, 0]), bond, float(abs(agree.sum()) / (np.abs(agree).sum() + 1e-6))
 
 
 def native(place: float, lines: int) -> bool:
@@ -262,10 +303,22 @@ def _heads() -> dict:
     return json.loads((WEIGHTS / "baked.json").read_text())
 
 
-def score(evidence: Evidence) -> float:
-    """The head's log odds that a carrier is a comb's, less what one clean clip in a hundred passes; at most 0 for a faint one."""
-    odds = float(weighed(evidence.features(), _heads()["comb"]))
-    return odds if evidence.slope > LEAST_SLOPE else min(odds, 0.0)
+def chosen(found: list[Evidence], lines: int, head: dict) -> tuple[float | None, float]:
+    """The place of the likeliest comb's carrier and its log odds by a head; None for the place where there is no hope of a comb.
+
+    Log odds are at most -HOME then, and -20 for fields on lines of their own.
+    """
+    carriers = []
+    for evidence in found:
+        odds = float(weighed(evidence.features(), head))
+        fair = evidence.slope > LEAST_SLOPE and evidence.own > LEAST_OWN
+        carriers.append((evidence.slope, evidence.place, odds if fair else min(odds, -HOME)))
+    likely = [item for item in carriers if item[2] > 0]  # of a carrier and its harmonics, the one that carries most
+    if likely and native(max(likely)[1], lines):
+        return None, -20.0
+    others = [item for item in carriers if not native(item[1], lines)]
+    _, place, value = max(likely) if likely else max(others, key=lambda item: item[2], default=(0.0, 0.0, -20.0))
+    return (place if value > -HOME else None), value
 
 
 def weighed(features: np.ndarray, head: dict) -> np.ndarray:
@@ -276,7 +329,7 @@ def weighed(features: np.ndarray, head: dict) -> np.ndarray:
 # Where the comb comes from
 
 def located(kept: list[Moment], looks: list[Look], place: float, value: float) -> Found:
-    """The scale, offset, order and kernel behind a carrier near `place` cycles a line, whose score is `value`.
+    """The scale, offset, order and kernel behind a carrier near `place` cycles a line, whose log odds are `value`.
 
     Woven pictures have an even number of lines; of those that the carrier allows, that is taken which was moved least.
     """
@@ -297,6 +350,7 @@ def located(kept: list[Moment], looks: list[Look], place: float, value: float) -
                             key=lambda option: abs(option[2] - round(option[2])))
     top_first = abs(offset) <= 0.5
     offset = round(offset if top_first else offset - math.copysign(1, offset), 2)
+    value += HOME if abs(offset) <= AT_HOME else 0
     return Found(score=value, confidence=1 / (1 + math.exp(-value)), scale=lines / height, height=height,
                  order="tff" if top_first else "bff", kernel=_likeliest(kept, lines, height, offset, strength), offset=offset)
 
