@@ -130,7 +130,7 @@ def clean_rows(rows: list[dict[str, Any]], folder: Path, out: Path, settings: Se
     todo = [row for row in rows if not row.get("dropped") and _finished(row, out, key, timeout_s) is None]
     todo.sort(key=lambda row: -_length(row, folder))  # else the last worker may be left alone with a long one
     context = multiprocessing.get_context("forkserver")  # threads of this process would not survive a plain fork
-    context.set_forkserver_preload(["data_tools.deinterlace", "data_tools.restore", "data_tools.overlay"])
+    context.set_forkserver_preload(["data_tools.clean"])
     pool = ProcessPool(max_workers=workers, max_tasks=64, initializer=_one_thread, context=context)
     try:
         with tqdm(total=len(rows), initial=len(rows) - len(todo), desc="clean", unit=" clips", disable=None) as bar:

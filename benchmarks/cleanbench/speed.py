@@ -1,12 +1,11 @@
 """How long cleaning takes, and how it shares work between processes.
 
-Times are of this machine at this moment: every figure is the median of runs that take turns.
+Times are of this machine at this moment: every figure is the least of runs that take turns.
 """
 
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -77,11 +76,11 @@ def score(bench: Bench) -> list[Row]:
             name = "woven" if woven else "clean"
             film_of(seconds, folder / f"{name}.mp4", woven)
             rounds = [run(folder / f"{name}.mp4", folder / "out.mp4") for _ in range(1 if bench.quick else 2)]
-            took = statistics.median(one["process_s"] for one in rounds)
+            took = min(one["process_s"] for one in rounds)
             done = ", ".join(rounds[0]["edits"]) or "nothing done"
             rows.append(Row("speed", f"{seconds} s of 640x360 at 25, {name} ({done}), one core", "s", took, f"<= {seconds}", None,
                             len(rounds)))
-        rows += _workers(folder, *((2, 2, 200) if bench.quick else (4, 4, 600)))
+        rows += _workers(folder, *((2, 2, 200) if bench.quick else (4, 3, 600)))
     return rows
 
 
@@ -94,9 +93,9 @@ def _workers(folder: Path, scenes: int, copies: int, pictures: int) -> list[Row]
         degrade.encode(degrade.weave(degrade.synth(i, pictures, rate=50)), str(scene), crf=20)
         for k in range(1, copies):
             shutil.copyfile(scene, clips / f"{i}_{k}.mkv")
-    done = [(workers, *shared(clips, folder / f"out{turn}", workers)) for turn, workers in enumerate((2, 1, 2))]
-    clock = {n: statistics.median(wall for workers, wall, _ in done if workers == n) for n in (1, 2)}
-    work = {n: statistics.median(max(each) for workers, _, each in done if workers == n) for n in (1, 2)}
+    done = [(workers, *shared(clips, folder / f"out{turn}", workers)) for turn, workers in enumerate((2, 1, 2, 1))]
+    clock = {n: min(wall for workers, wall, _ in done if workers == n) for n in (1, 2)}
+    work = {n: min(max(each) for workers, _, each in done if workers == n) for n in (1, 2)}
     what = f"woven clips of {pictures / 50:g} s ({scenes} scenes, {copies} times each), 2 workers"
     return [Row("speed", f"{what}, start included", "times as quick as 1", clock[1] / clock[2], ">= 1.8", {"s": clock[2]},
                 scenes * copies),
