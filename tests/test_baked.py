@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 
@@ -103,6 +104,44 @@ def test_clean_pictures_have_none(pictures, scale, crf):
     clip = pictures.take(slice(0, None, 2))
     clip = clip if scale == 1 else degrade.rescaled(clip, scale, "bicubic")
     assert baked.analyse(film.from_clip(degrade.coded(clip, crf) if crf else clip)) is None
+
+
+def test_only_what_change_alone_can_be_behind_counts():
+    rng = np.random.default_rng(0)
+    upright, other, noise = rng.normal(0, 1, (3, 6, 5000))
+    for moved, slope, own, bond in ((0.0, 0.2, 1.0, 0.42), (3.0, 0.2, 0.1, 0.42), (30.0, 0.0, 0.001, 0.0)):
+        change = other + moved * upright
+        carrier = np.stack([0.2 * (other if slope else noise) + 0.4 * upright + 0.4 * noise, 0 * noise], 2)
+        table = np.stack([change, upright, *rng.normal(0, 1, (2, 6, 5000))], 1)
+        found = baked._of_change(table @ table.transpose(0, 2, 1), table @ carrier, float(np.square(carrier).sum()))
+        assert np.allclose(found[:3], (slope, own, bond), atol=0.05), (moved, found)
+        assert (found[3] > 0.9) == bool(slope)
+
+
+def test_text_that_rolls_is_no_comb():
+    big = np.full((440, 320), 16, np.uint8)
+    for i, top in enumerate(range(20, 440, 22)):
+        text = "ABCDEFGHIJKLMNOPRSTUVWXYZ"[i:i + 9]
+        cv2.putText(big, text, (60 + 7 * i % 40, top), cv2.FONT_HERSHEY_SIMPLEX, 0.6, 225, 1, cv2.LINE_AA)
+    shifts = [np.float32([[1, 0, 0], [0, 1, -1.5 * i]]) for i in range(20)]
+    y = np.stack([cv2.warpAffine(big, shift, (320, 240)) for shift in shifts])
+    grey = np.full((20, 120, 160), 128, np.uint8)
+    for scale in (0.75, 1.5):
+        assert baked.analyse(film.from_clip(degrade.rescaled(Clip(y, grey, grey, np.arange(20) / 25), scale, "bicubic"))) is None
+
+
+def evidence(place: float, slope: float, own: float = 1.0) -> baked.Evidence:
+    return baked.Evidence(place, line=9.0, bond=0.4, lock=0.5, still_lock=0.0, accord=0.95, slope=slope, own=own, excess=0.2,
+                          near=0.0, moving=9.0)
+
+
+def test_the_comb_is_the_carrier_that_carries_most():
+    head = baked._heads()["comb"]
+    strong, faint, upright = evidence(1 / 3, 0.05), evidence(0.2, 0.001), evidence(0.25, 0.05, own=0.1)
+    assert baked.chosen([evidence(0.2, 0.03), strong, faint], 240, head)[0] == strong.place
+    assert baked.chosen([strong, evidence(0.4995, 0.1)], 240, head) == (None, -20.0), "fields on lines of their own"
+    assert baked.chosen([faint, upright], 240, head) == (None, -baked.HOME)
+    assert baked.chosen([], 240, head) == (None, -20.0)
 
 
 def test_fields_on_lines_of_their_own_are_not_baked(pictures):
