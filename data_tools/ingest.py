@@ -108,8 +108,7 @@ def panda(path: Path) -> Iterator[Entry]:
                 for i, (start, end) in enumerate(times)]
 
     for row in _table(path):
-        found = _attempt(lambda row=row: clips(row))
-        yield from found if isinstance(found, list) else [found]
+        yield from _many(lambda row=row: clips(row))
 
 
 def openvid(path: Path) -> Iterator[Entry]:
@@ -165,8 +164,7 @@ def vript(path: Path) -> Iterator[Entry]:
 
     files = sorted(file for file in path.rglob("*.json") if not file.stem.endswith("_cut_meta")) if path.is_dir() else [path]
     for file in files:
-        found = _attempt(lambda file=file: clips(file))
-        yield from found if isinstance(found, list) else [found]
+        yield from _many(lambda file=file: clips(file))
 
 
 def mira0(path: Path) -> Iterator[Entry]:
@@ -204,11 +202,13 @@ def hdvg(path: Path) -> Iterator[Entry]:
         return found
 
     for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
-        held = _attempt(lambda file=file: [(video, entry.get("url") or "", *clip) for video, entry in _json(file).items()
-                                           for clip in (entry.get("clip") or {}).items()])
-        for clip in [held] if isinstance(held, Bad) else held:
-            found = clip if isinstance(clip, Bad) else _attempt(lambda clip=clip: scenes(*clip))
-            yield from found if isinstance(found, list) else [found]
+        for held in _many(lambda file=file: list(_json(file).items())):
+            if isinstance(held, Bad):
+                yield held
+                continue
+            video, entry = held
+            for clip in _many(lambda entry=entry: [(entry.get("url") or "", *clip) for clip in (entry.get("clip") or {}).items()]):
+                yield from [clip] if isinstance(clip, Bad) else _many(lambda video=video, clip=clip: scenes(video, *clip))
 
 
 def video2dataset(path: Path) -> Iterator[Entry]:
@@ -223,8 +223,7 @@ def video2dataset(path: Path) -> Iterator[Entry]:
 
     rows = _parquet(path) if path.suffix == ".parquet" else _table(path)
     for row in rows:
-        found = _attempt(lambda row=row: clips(row))
-        yield from found if isinstance(found, list) else [found]
+        yield from _many(lambda row=row: clips(row))
 
 
 def table(path: Path) -> Iterator[Entry]:
@@ -527,6 +526,12 @@ def _attempt(read: Callable[[], Any]) -> Any:
         return Bad(f"{type(error).__name__}: {str(error)[:200]}")
 
 
+def _many(read: Callable[[], list]) -> Iterator[Any]:
+    """What `read` gives, one by one, or the Bad that it comes to."""
+    found = _attempt(read)
+    yield from [found] if isinstance(found, Bad) else found
+
+
 def _rows(path: Path, clip: Callable[[dict[str, str]], Listed]) -> Iterator[Entry]:
     for row in _table(path):
         yield _attempt(lambda row=row: clip(row))
@@ -541,8 +546,7 @@ def _lines(path: Path) -> Iterator[Any]:
     """The objects of JSON lines, or of one JSON list."""
     with open(path, encoding="utf-8", errors="replace") as file:
         if file.read(1) == "[":
-            held = _attempt(lambda: _json(path))
-            yield from [held] if isinstance(held, Bad) else held
+            yield from _many(lambda: _json(path))
             return
         file.seek(0)
         for number, line in enumerate(file, 1):
