@@ -207,7 +207,7 @@ def hdvg(path: Path) -> Iterator[Entry]:
                 yield held
                 continue
             video, entry = held
-            for clip in _many(lambda entry=entry: [(entry.get("url") or "", *clip) for clip in (entry.get("clip") or {}).items()]):
+            for clip in _many(lambda entry=entry: [(entry.get("url") or "", *item) for item in (entry.get("clip") or {}).items()]):
                 yield from [clip] if isinstance(clip, Bad) else _many(lambda video=video, clip=clip: scenes(video, *clip))
 
 
@@ -229,8 +229,8 @@ def video2dataset(path: Path) -> Iterator[Entry]:
 def table(path: Path) -> Iterator[Entry]:
     """CSV, JSON, Parquet or Arrow with a row a clip, or a folder of them: also a data set of a hub, saved to disk or exported.
 
-    Columns: the video (file, path, video, ...: a name, or bytes), caption or text; start and end in seconds, url, id, licence and
-    numbers, which become scores, are taken if they are there.
+    Columns: the video (file, path, video, ...: a name, or bytes), caption or text; start and end in seconds of the file, url, id,
+    licence and numbers, which become scores, are taken if they are there.
     """
     for file in _tables(path):
         rows = {".parquet": _parquet, ".arrow": _arrow, ".csv": _table}.get(file.suffix, _lines)(file)
@@ -263,6 +263,7 @@ def _tabled(row: dict[str, Any], below: Path) -> Listed:
     name = (below / name).as_posix() if name else f"{hashlib.sha256(data).hexdigest()}.mp4"
     clip = _told(row, Path(name).stem)
     clip.file = name
+    clip.facts |= {"start_s": clip.from_s, "end_s": clip.to_s}
     if data:
         clip.held, clip.size = lambda: data, len(data)
     return clip
@@ -352,6 +353,7 @@ def _own(path: Path, name: str, about: dict[str, Any] | None) -> Listed:
         about |= {"caption": text.read_text(encoding="utf-8", errors="replace")} if text.is_file() else {}
     clip = _told(about, name)
     clip.name = clip.file = name
+    clip.from_s = clip.to_s = None  # the whole file; for spans there is `table`
     seen = manifest.row(path / name, clip.caption, path, path / "manifest.parquet")
     clip.facts |= {key: seen[key] for key in seen if key not in ("path", "caption", "caption_source", "scores", "edits")}
     if clip.facts.get("dropped") == "no caption":  # here `List.captioned` says whether that matters

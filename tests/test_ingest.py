@@ -255,6 +255,7 @@ def test_data_sets_of_a_hub(tmp_path):
     rows, counts = rows_of("huggingface", tmp_path / "plain", tmp_path / "out")
     assert {row["caption"] for row in rows} == {"five", "six"} and counts["bad lines"] == 1
     assert {row["path"] for row in rows} == {"../plain/train/b.mp4"}
+    assert {(row["caption"], row["start_s"], row["end_s"]) for row in rows} == {("five", 0.25, 0.5), ("six", None, None)}
     (tmp_path / "l.json").write_text(json.dumps([{"video": "train/b.mp4", "caption": "seven"}]))
     (row,), _ = rows_of("table", tmp_path / "l.json", tmp_path, files=tmp_path / "plain")
     assert row["path"] == "plain/train/b.mp4"
