@@ -82,14 +82,22 @@ def read(path: str | Path) -> list[Row]:
 
 def batches(path: str | Path, size: int = ROWS) -> Iterator[list[Row]]:
     """The rows of a manifest that may be too long for memory, so many at a time. Errors as in `read`."""
+    return (table.to_pylist(maps_as_pydicts="strict") for table in _tables(path, size))
+
+
+def live(path: str | Path) -> pa.Table:
+    """All rows that are not dropped, as Arrow holds them: a tenth of what they take as `Row`. Errors as in `read`."""
+    return pa.concat_tables([table.filter(table["dropped"].is_null()) for table in _tables(path, ROWS)] or [SCHEMA.empty_table()])
+
+
+def _tables(path: str | Path, size: int) -> Iterator[pa.Table]:
     try:
         with pq.ParquetFile(path) as file:
             if set(file.schema_arrow.names) != set(SCHEMA.names):
                 wrong = sorted(set(file.schema_arrow.names) ^ set(SCHEMA.names))
                 raise ValueError(f"{path}: not a manifest of this version; columns missing or unknown: {', '.join(wrong)}")
             for group in file.iter_batches(size, columns=SCHEMA.names):
-                table = pa.Table.from_batches([group]).select(SCHEMA.names)
-                yield table.cast(SCHEMA).to_pylist(maps_as_pydicts="strict")
+                yield pa.Table.from_batches([group]).select(SCHEMA.names).cast(SCHEMA)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such manifest") from None
     except (pa.ArrowException, OSError) as error:

@@ -35,6 +35,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import pyarrow as pa
 from tqdm import tqdm
 
 from data_tools import manifest, survival
@@ -124,28 +125,36 @@ def _key(step: Step, before: Path | None) -> str:
     return hashlib.sha256(json.dumps([step.about[-1], known], sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _live(path: Path) -> Iterator[Row]:
-    return (row for rows in manifest.batches(path) for row in rows if not row["dropped"])
+def _rows(table: pa.Table) -> Iterator[Row]:
+    for part in table.to_batches(manifest.ROWS):
+        yield from part.to_pylist(maps_as_pydicts="strict")
 
 
 def _dropped(path: Path) -> Iterator[Row]:
     return (row for rows in manifest.batches(path) for row in rows if row["dropped"])
 
 
-def _batches(step: Step, before: Path) -> Iterator[list[list[Row]]]:
-    """Batches of groups of rows; a function of the manifest and the stage alone."""
+def _batches(step: Step, table: pa.Table) -> Iterator[list[Row]]:
+    """The live rows in batches, those of a group together; a function of rows and stage alone."""
     group, size = step.stage.part("group"), manifest.ROWS
     if not step.stage.here(step.settings):
-        size = max(1, min(step.stage.rows, sum(1 for _ in _live(before)) // BATCHES))
+        size = max(1, min(step.stage.rows, len(table) // BATCHES))
     if group is None:
-        groups = ([row] for row in _live(before))
-    else:
-        together: dict[str, list[Row]] = {}
-        for row in _live(before):
-            together.setdefault(group(row), []).append(row)
-        groups = iter(together.values())
-    while batch := list(itertools.islice(groups, size)):
-        yield batch
+        rows = _rows(table)
+        while batch := list(itertools.islice(rows, size)):
+            yield batch
+        return
+    together: dict[str, list[int]] = {}
+    for place, row in enumerate(_rows(table)):
+        together.setdefault(group(row), []).append(place)
+    places: list[int] = []
+    for members in together.values():
+        places += members
+        if len(places) >= size:
+            yield list(_rows(table.take(places)))
+            places = []
+    if places:
+        yield list(_rows(table.take(places)))
 
 
 def run(cfg: Run, steps: list[Step], task: tuple[int, int] = (0, 1), again: tuple[str, ...] = ()) -> Path:
@@ -230,25 +239,26 @@ def _sha256(path: Path) -> str:
 
 
 def _done_here(step: Step, before: Path, out: Path) -> Iterator[Row]:
-    work = step.stage.part(step.stage.work)
-    batches = [[[row] for row in _live(before)]] if step.stage.whole else _batches(step, before)
-    for number, groups in enumerate(tqdm(batches, desc=step.name, unit=" batches", disable=None)):
-        yield from work([row for group in groups for row in group], Job(out, step.settings, number))
+    work, table = step.stage.part(step.stage.work), manifest.live(before)
+    batches = [list(_rows(table))] if step.stage.whole else _batches(step, table)
+    for number, rows in enumerate(tqdm(batches, desc=step.name, unit=" batches", disable=None)):
+        yield from work(rows, Job(out, step.settings, number))
 
 
 def _work(cfg: Run, step: Step, before: Path, out: Path, parts: Path, task: tuple[int, int], ended: Callable[[], bool]) -> None:
     """Does all batches that have no part yet: in a task, its own, and then those that others leave undone, until all are there."""
     parts.mkdir(exist_ok=True)
+    table = manifest.live(before)
 
     def todo(mine: bool) -> Iterator[Call]:
-        for number, groups in enumerate(_batches(step, before)):
+        for number, rows in enumerate(_batches(step, table)):
             part = parts / f"part-{number:06d}.parquet"
             if not part.is_file() and (not mine or number % task[1] == task[0]):
-                yield Call(step.stage, Job(out, step.settings, number), [row for group in groups for row in group], part)
+                yield Call(step.stage, Job(out, step.settings, number), rows, part)
 
-    _carry_out(cfg, step, todo(True), sum(1 for _ in _live(before)))
+    _carry_out(cfg, step, todo(True), len(table))
     if task[1] > 1:
-        wanted = sum(1 for _ in _batches(step, before))
+        wanted = sum(1 for _ in _batches(step, table))
         while not _waited(lambda: ended() or len(list(parts.glob("part-*.parquet"))) == wanted, cfg.patience_s):
             _carry_out(cfg, step, todo(False), 0)
 

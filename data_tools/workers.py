@@ -32,7 +32,7 @@ class Stage(NamedTuple):
     """Where a stage's code lies, and how its rows come."""
 
     module: str
-    rows: int = 16  # at most, in a batch; of rows that come together, so many groups
+    rows: int = 16  # in a batch, at most; or more, where they come together
     work: str = "work"
     settings: str = "Settings"
     whole: bool = False  # all rows at once, in this process
