@@ -42,14 +42,14 @@ SCORES = {
     "repair_confidence": "least confidence of a repair, 0 to 1; 1 without any",
     "motion": "mean speed over the picture, % of its width a second; by the codec's motion vectors where it has them",
     "camera_shake": "rms distance of the picture from its own smoothed path, % of its width",
-    "sharpness": "0 = any blur changes nothing, 1 = all neighbouring pixels differ; at full size",
+    "sharpness": "strength of the finest octave of detail over that of the next one; 0.4 is blurred or enlarged, 0.6 sharp",
     "exposure": "mean luma, 0 = black, 1 = white",
     "clipped_dark": "share of pixels at black",
     "clipped_bright": "share of pixels at white",
     "flicker": "typical change of brightness from picture to picture that its neighbours do not share, %",
     "freeze": "share of pictures that show nothing new",
     "residual_comb": "certainty that the lines of two fields are still mixed, woven or rescaled, 0 to 1",
-    "logos": "share of the picture whose strokes stay while the scene behind them moves",
+    "logos": "share of the picture, in its corners, with strokes that stay while the edges around them move",
     "text_area": "share of the picture that boxes of text cover, drawn over or filmed",
     "faces": "faces in the picture that shows most of them",
     "nsfw": "certainty that a picture is not safe for work, 0 to 1",
@@ -60,7 +60,7 @@ LOOKS = (1 / 8, 3 / 8, 5 / 8, 7 / 8)  # of the span: pictures that are hashed an
 IN_A_ROW = 16  # pictures from each of them on that are looked at for combs
 IN_A_ROW_MIB = 64  # that these may take
 WIDTH = 160  # columns of the pictures that motion is measured in
-EVERY_S = 0.5  # from one picture to the next that sharpness, exposure and logos are measured in
+EVERY_S = 0.25 # from one picture to the next that sharpness, exposure and logos are measured in
 LOGO_WIDTH = 320  # columns for logos
 
 
@@ -173,7 +173,7 @@ def _language(row: Row) -> str:
     return language if certainty >= CERTAIN else "und"
 
 
-CERTAIN = 0.2  # of a language
+CERTAIN = 0.25  # of a language
 # Languages of some tens of millions and more: among all 139 that the model knows, short captions are taken for small ones
 LANGUAGES = ("ar bg bn ca cs da de el en es et fa fi fr gu he hi hr hu id it ja kn ko lt lv ml mr ms nl no pa pl pt ro ru sk sl sr "
              "sv sw ta te th tl tr uk ur vi zh")
@@ -334,19 +334,23 @@ class CodecMotion:
 
 
 class LogoWatch:
-    """Mean and deviation over time of pictures, [h w], LOGO_WIDTH columns."""
+    """Sums over time of the slopes of shrunk pictures, [h w]: edges that stay add up, those of a moving scene do not."""
 
     def __init__(self):
-        self.count, self.total, self.squares = 0, None, None
+        self.count, self._sums = 0, []
 
     def see(self, y: np.ndarray) -> None:
         """Takes in a picture's luma."""
         small = _small(y, LOGO_WIDTH).astype(np.float32)
-        if self.total is None:
-            self.total, self.squares = np.zeros_like(small), np.zeros_like(small)
-        cv2.accumulate(small, self.total)
-        cv2.accumulateSquare(small, self.squares)
+        across, down = (cv2.Sobel(small, cv2.CV_32F, *way, scale=1 / 4) for way in ((1, 0), (0, 1)))
+        now = [across, down, across * across + down * down]
+        self._sums = [a + b for a, b in zip(self._sums, now, strict=True)] if self.count else now
         self.count += 1
+
+    def measured(self) -> tuple[np.ndarray, np.ndarray]:
+        """The slope of the mean picture, and the rms slope; [h w], levels a pixel."""
+        across, down, slopes = (each / self.count for each in self._sums)
+        return cv2.magnitude(across, down), cv2.sqrt(slopes)
 
 
 # Scores from the pass
@@ -377,15 +381,15 @@ def camera_shake(seen: Trace) -> float:
 
 
 def sharpness_of(y: np.ndarray) -> float:
-    """1 less the blur effect (F. Crete et al., The blur effect: perception and estimation with a new no-reference metric, 2007)."""
-    plane, worst = y.astype(np.float32), 0.0
-    for axis in (0, 1):
-        soft = cv2.blur(plane, (1, 9) if axis == 0 else (9, 1))
-        steps, smooth = (np.abs(np.diff(each, axis=axis)) for each in (plane, soft))
-        total = float(steps.sum())
-        lost = float(np.maximum(steps - smooth, 0).sum())
-        worst = max(worst, 1 - lost / total if total else 1.0)
-    return 1 - worst
+    """Two levels of a Laplacian pyramid (P. Burt, E. Adelson, 1983): natural detail has about as much in each octave, and what was
+    blurred or enlarged lacks the finest one."""
+    plane = y[:y.shape[0] // 4 * 4, :y.shape[1] // 4 * 4].astype(np.float32)
+    strength = []
+    for _ in range(2):
+        half = cv2.resize(plane, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+        strength.append(float((plane - cv2.resize(half, plane.shape[::-1])).std()))
+        plane = half
+    return strength[0] / strength[1] if strength[1] > 0.05 else 0.0
 
 
 def flicker(seen: Trace) -> float:
@@ -398,8 +402,8 @@ def flicker(seen: Trace) -> float:
     return float(np.median(np.abs(missed))) / 0.6745 / math.sqrt(1.5) * 100
 
 
-STILL = 0.05  # mean change, levels, below which a picture shows nothing new
-BESIDE = 0.12  # the same as a share of the clip's usual change
+STILL = 0.06  # mean change, levels, below which a picture shows nothing new
+BESIDE = 0.2  # the same as a share of the clip's usual change
 
 
 def freeze(seen: Trace) -> float:
@@ -423,24 +427,32 @@ def residual_comb(seen: Trace) -> float:
     return max(float(woven), rescaled)
 
 
-LOGO_STROKE = 15  # pixels of the shrunk picture: what is wider is no stroke
-LOGO_CONTRAST, LOGO_MOVES, LOGO_STILL = 12, 4.0, 0.6  # least contrast, least deviation of the scene, most of it in strokes
+EDGE = 8.0  # rms slope, levels a shrunk pixel, from which on there is an edge
+STAYS, MOVES = 0.95, 0.6  # the slope of the mean over the rms slope: above an edge stays, below it moves
+STANDS = 0.15  # share of edges that nearly stay, above which the scene does, and logos cannot be told from it
+AROUND, MOVING = 61, 0.7  # pixels around a logo, and the share of their edges that has to move
+CORNER = 0.3, 0.35  # of the height and width, where logos lie
+LEAST = 30  # pixels of a logo
 
 
 def logos(seen: Trace) -> float:
-    """Strokes that are sharp in the mean over time and change less than what is around them."""
-    watch = seen.logo
-    if watch.count < 4:
+    """Edges that stay in every picture while those around them move (after T. Dekel et al., On the effectiveness of visible
+    watermarks, 2017, who find watermarks as what slopes have in common)."""
+    if seen.logo.count < 6:
         raise Unknown("too few pictures")
-    mean = watch.total / watch.count
-    deviation = cv2.sqrt(cv2.max(watch.squares / watch.count - mean * mean, 0))
-    kernel = cv2.getStructuringElement(cv2.MORPH_RECT, (LOGO_STROKE, LOGO_STROKE))
-    contrast = cv2.max(cv2.morphologyEx(mean, cv2.MORPH_TOPHAT, kernel), cv2.morphologyEx(mean, cv2.MORPH_BLACKHAT, kernel))
-    around = cv2.blur(deviation, (31, 31))
-    if np.median(around) < LOGO_MOVES:
-        raise Unknown("the scene hardly moves")
-    strokes = (contrast > LOGO_CONTRAST) & (around > LOGO_MOVES) & (deviation < LOGO_STILL * around)
-    return float(cv2.morphologyEx(strokes.astype(np.uint8), cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8)).mean())
+    slope, rms = seen.logo.measured()
+    edges, kept = rms > EDGE, slope / np.maximum(rms, 1e-3)
+    if (edges & (kept > 0.85)).sum() > STANDS * edges.sum() or not edges.any():
+        raise Unknown("much of the scene stands still")
+    strokes, loose = edges & (kept > STAYS), edges & (kept < MOVES)
+    staying, moving = (cv2.blur(mask.astype(np.float32), (AROUND, AROUND)) for mask in (strokes, loose))
+    strokes &= (moving > MOVING * (moving + staying)) & (moving > 0.05)
+    h, w = strokes.shape
+    strokes[round(CORNER[0] * h):h - round(CORNER[0] * h)] = False
+    strokes[:, round(CORNER[1] * w):w - round(CORNER[1] * w)] = False
+    whole = cv2.morphologyEx(strokes.astype(np.uint8), cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))
+    areas = cv2.connectedComponentsWithStats(whole)[2][1:, cv2.CC_STAT_AREA]
+    return float(areas[areas >= LEAST].sum() / whole.size)
 
 
 def phash(seen: Trace) -> str:
