@@ -260,9 +260,10 @@ def _tabled(row: dict[str, Any], below: Path) -> Listed:
         isinstance(cell, bytes)) else (None, cell)
     if not data and not isinstance(name, str):
         raise Bad(f"no video in a column {', '.join(FILE_COLUMNS)}")
-    name = (below / name).as_posix() if name else f"{hashlib.sha256(data).hexdigest()}.mp4"
-    clip = _told(row, Path(name).stem)
-    clip.file = name
+    digest = hashlib.sha256(data).hexdigest() if data else ""
+    name = below / (name or f"{digest}.mp4")
+    clip = _told(row, name.with_suffix("").as_posix())
+    clip.file, clip.name = name.as_posix(), clip.name or digest  # in many sets all files have one name
     clip.facts |= {"start_s": clip.from_s, "end_s": clip.to_s}
     if data:
         clip.held, clip.size = lambda: data, len(data)

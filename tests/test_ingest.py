@@ -243,9 +243,10 @@ def test_data_sets_of_a_hub(tmp_path):
     assert counts["bad lines"] == 1
     assert [(tmp_path / "out" / row["path"]).read_bytes() for row in rows] == [data, other, other]
     (tmp_path / "hub" / "data").mkdir(parents=True)
+    columns = columns.set_column(0, "video", pa.array([{"bytes": data, "path": "a.mp4"}] * 2 + [{"bytes": other, "path": "a.mp4"}]))
     pq.write_table(columns, tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
-    rows, _ = rows_of("huggingface", tmp_path / "hub", tmp_path / "out")
-    assert [row["dropped"] for row in rows] == [None, "no file"]
+    rows, counts = rows_of("huggingface", tmp_path / "hub", tmp_path / "out")
+    assert [(tmp_path / "out" / row["path"]).read_bytes() for row in rows] == [data, other] and counts["repeated"] == 1
     (tmp_path / "plain" / "train").mkdir(parents=True)
     (tmp_path / "plain" / "train" / "b.mp4").write_bytes(other)
     line = {"file_name": "b.mp4", "text": "five", "start": 0.25, "end": 0.5}
