@@ -116,7 +116,7 @@ def held(path: Path) -> Held:
 
 def short(reason: str) -> str:
     """A reason without what is measured or named in it, so that equal ones can be counted."""
-    reason = re.sub(r"\s*\([^()]*\)\s*$", "", reason)
+    reason = re.sub(r"\s+\(.*\)\s*$", "", reason, flags=re.DOTALL)
     return re.sub(r"\b[0-9a-f]{12,64}\b", "...", re.sub(r"\binto \d+ ", "into N ", reason))
 
 
