@@ -27,8 +27,9 @@ SLACK_S, ROOM_S = 0.5, 1.0  # by which listed times may be wrong; what is read b
 # Limits, chosen on spans that the bench does not test with. A difference is that of the cells that differ most, in levels.
 SAME = 0.6  # the same picture twice differs by less than this share of what neighbours do
 TIE, CODING = 1.25, 9.0  # where nothing moves, the listed place may differ by so much more than the best, and by so many levels
+NEAR = 2.5  # steps that pieces may be listed apart, or over each other, without the same picture in both
 STEPS = 0.47  # steps of the motion that a join may be more or less than one
-SLOW, STILL = 1.0, 0.1  # pixels a step: below, longer ways are measured too; below, motion tells nothing
+SLOW, STILL = 1.0, 0.04  # pixels a step: below, longer ways are measured too; below, motion tells nothing
 HELD = 0.2  # steps: a picture that moves by less, beside others that move, is held
 LEFT = (1.3, 3.0)  # difference when the motion is taken out: times the most around, and levels
 APART = (1.3, 1.0)  # distance of the flow from that around: times the most around, and pixels
@@ -36,10 +37,10 @@ LEVEL = (1.0, 2.2)  # change of level or colour beside those around: times their
 
 
 class Edge(NamedTuple):
-    """Shrunk pictures in a row: luma uint8 [f h w], means of luma and chroma [f 3], times [f] in seconds."""
+    """Shrunk pictures in a row: luma uint8 [f h w], times [f] in seconds; levels [f 4]: means of luma and chroma, contrast."""
 
     y: np.ndarray
-    means: np.ndarray
+    levels: np.ndarray
     at_s: np.ndarray
 
 
@@ -83,8 +84,9 @@ def edge(pictures: Iterable[Picture], limit: int | None = None) -> Edge:
 def _shrunk(picture: Picture) -> tuple[np.ndarray, np.ndarray, float]:
     h, w = picture.y.shape
     width = min(WIDTH, w)
-    means = np.array([cv2.mean(plane)[0] for plane in picture[:3]])
-    return cv2.resize(picture.y, (width, max(CELL, round(h * width / w))), interpolation=cv2.INTER_AREA), means, picture.at_s
+    small = cv2.resize(picture.y, (width, max(CELL, round(h * width / w))), interpolation=cv2.INTER_AREA)
+    levels = [cv2.mean(plane)[0] for plane in picture[:3]]
+    return small, np.array([*levels, 50 * np.log(small.std() + 1)]), picture.at_s  # a fiftieth more contrast is one level
 
 
 def judge(before: Edge, after: Edge, overlap_s: float) -> Join:
@@ -97,7 +99,7 @@ def judge(before: Edge, after: Edge, overlap_s: float) -> Join:
     same = _same(before, after, overlap_s / step)
     if same is not None:
         return same
-    if abs(overlap_s) > SLACK_S:
+    if abs(overlap_s) > NEAR * step:
         return Join("no picture is in both")
     tried = [_next(before, after, first, step) for first in (0, 1)]
     return next((found for found in tried if not found.reason), tried[0])
@@ -124,7 +126,7 @@ def _same(before: Edge, after: Edge, overlap: float) -> Join | None:
             return None
         best = listed
     count = min(m, n - best)
-    apart = np.abs(before.means[best:best + count] - after.means[:count]).max(1)
+    apart = np.abs(before.levels[best:best + count] - after.levels[:count]).max(1)
     measures = {"same": mean[best] / (SAME * usual) if clear else mean[best] / CODING,
                 "worst": np.diagonal(table, -best)[:count].max() / (2 * mean[best] + CODING), "level": np.median(apart) / LEVEL[1]}
     at = count // 2 if count < m else m // 2
@@ -156,16 +158,16 @@ class _Step(NamedTuple):
 def _next(before: Edge, after: Edge, first: int, step_s: float) -> Join:
     """The join where picture `first` of `after` follows the last one of `before`."""
     y = [*before.y[-SIDE:], *after.y[first:first + SIDE]]
-    means = np.concatenate([before.means[-SIDE:], after.means[first:first + SIDE]])
+    levels = np.concatenate([before.levels[-SIDE:], after.levels[first:first + SIDE]])
     here = SIDE - 1  # the step of the join
     flows = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     steps = [_step(flows, *pair) for pair in pairwise(y)]
     others = [step for i, step in enumerate(steps) if i != here]
     usual = np.mean([step.flow for step in others], 0)
-    speed = float(np.median([_apart(step, np.zeros(2)) for step in others]))
-    levels = np.column_stack([[step.level for step in steps], np.diff(means[:, 1:], axis=0)])
-    around = np.delete(levels, here, 0)
-    beside = np.abs(levels[here] - around.mean(0)) / (LEVEL[0] * np.ptp(around, axis=0) + LEVEL[1])
+    speed = float(np.mean([_apart(step, np.zeros(2)) for step in others]))
+    change = np.column_stack([[step.level for step in steps], np.diff(levels[:, 1:], axis=0)])
+    around = np.delete(change, here, 0)
+    beside = np.abs(change[here] - around.mean(0)) / (LEVEL[0] * np.ptp(around, axis=0) + LEVEL[1])
     measures = {"level": beside.max(), "left": _share(steps[here].left, [step.left for step in others], LEFT),
                 "apart": _share(_apart(steps[here], usual), [_apart(step, usual) for step in others], APART)}
     if speed > STILL:

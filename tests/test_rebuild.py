@@ -126,5 +126,5 @@ def test_clips_can_be_sized(published, tmp_path):
     assert cut.work([row("s", "whole.mp4", 0.0, 2.0)], Job(sources, cut.Settings()))[0]["dropped"] == "no frames were picked"
     bad = cut.work([row("s", "whole.mp4", 0.0, 2.0, picked=[0.01])], Job(sources, cut.Settings()))[0]
     assert bad["dropped"].startswith("cannot be cut (no picture of it lies")
-    with pytest.raises(ValueError, match="width: give both"):
+    with pytest.raises(ValueError, match="height: give both"):
         cut.Settings(height=64)
