@@ -312,10 +312,12 @@ def echoed(clip: Clip, b: float, shift: int = 0) -> Clip:
     return clip.each(mixed)
 
 
-def dropouts(clip: Clip, seed: int, segments: tuple[int, int] = (2, 6), share: float = 1.0) -> tuple[Clip, np.ndarray]:
+def dropouts(clip: Clip, seed: int, segments: tuple[int, int] = (2, 6), share: float = 1.0,
+             held: bool = False) -> tuple[Clip, np.ndarray]:
     """Line segments of 1 to 3 lines lost to noise (0.4), white (0.3) or black (0.3), and the mask [f h w] of what is lost.
 
-    segments: least and most in a picture; share: the share of pictures that have any.
+    segments: least and most in a picture; share: the share of pictures that have any. held: the line above is shown instead, as
+    players with a dropout compensator do.
     """
     rng, y = keyed.rng(seed, "dropout"), clip.y.copy()
     f, h, w = y.shape
@@ -329,6 +331,8 @@ def dropouts(clip: Clip, seed: int, segments: tuple[int, int] = (2, 6), share: f
             area = np.s_[i, top:top + rows, left:left + length]
             kind = rng.random()
             y[area] = rng.integers(16, 236, (rows, length)) if kind < 0.4 else 235 if kind < 0.7 else 16
+            if held:
+                y[area] = clip.y[i, max(top - 1, 0), left:left + length]
             mask[area] = True
     return clip._replace(y=y), mask
 

@@ -1,10 +1,12 @@
-"""Dropouts: parts of one to three lines that a tape's picture lost to white, black or noise; found, and filled along motion.
+"""Dropouts: parts of one to three lines lost to white, black, noise or the line above; found, and filled along motion.
 
 A lost part of a line looks like nothing a camera gives: a run of one extreme level or of noise from column to column, that
 contradicts the picture before, the one after and the lines above and below. A cheap test of each picture looks for such runs; only
 where it fires is the motion from both sides computed, the runs measured against what motion predicts, and the lost places filled
 from both sides and from the lines around, each by how well it fits around the loss. Nothing outside the mask changes, and a run
-that motion explains is left alone. That both neighbours in time contradict it is Kokaram's test (Motion Picture Restoration, 1998).
+that motion explains is left alone. Players that hide a dropout show the line above again: such a part repeats it to the level, amid
+lines that differ, so it is found before a codec touches it. That both neighbours in time contradict what is lost is Kokaram's test
+(Motion Picture Restoration, 1998).
 """
 
 import itertools
@@ -24,6 +26,8 @@ DARK, LIGHT = 26, 225  # levels of a lost run that is black or white
 ROUGH = 30  # levels from column to column, on average, of a run that is noise
 CLEAR, FAINT = 0.5, 0.3  # share of a run's places that stand out, where one is looked for and where its extent is
 SAME = 3  # levels: of a run that is all white or black, what a codec makes of it
+HELD = 24  # columns of a held run: shorter ones are equal by chance
+HELD_OFF = 4  # levels by which a held line differs from its neighbours in time, and from what is made for it, and lines around do
 GAP = 9  # columns: where noise hits the right level by chance
 STRAYS = 0.8  # most by which places above and below a run stand out, as a share of what the run does: more is motion not followed
 MARGIN = 8  # lines around a lost run on which predictions are compared
@@ -138,28 +142,32 @@ def _lost(before: Plane, now: Plane, after: Plane, later: Plane, flow) -> tuple[
     length = max(8, SHORTEST * w // 640)
     if min(h, w) < 48 or not before.y.shape == y.shape == after.y.shape == later.y.shape:
         return nothing
+    held = _held(y, max(length, HELD), before.y, after.y)
     odd = _runs_of(now.odd, length)
-    if cv2.minMaxLoc(odd)[1] <= CLEAR * length:
+    if cv2.minMaxLoc(odd)[1] <= CLEAR * length and not held.any():
         return nothing
     following = np.where(_runs_of(after.odd, length) > CLEAR * length, later.y, after.y)  # a tape may lose one place twice
     late = cv2.max(cv2.subtract(y, cv2.max(before.y, following)), cv2.subtract(cv2.min(before.y, following), y))
     late = cv2.threshold(late, STANDS_OUT, 1, cv2.THRESH_BINARY)[1]
     sure = _runs_of(cv2.bitwise_and(late, now.odd), length)
-    if cv2.minMaxLoc(sure)[1] <= CLEAR * length:
+    if cv2.minMaxLoc(sure)[1] <= CLEAR * length and not held.any():
         return nothing
     close = cv2.dilate((sure > CLEAR * length).astype(np.uint8), np.ones((2 * REACH + 1, 4 * length + 1), np.uint8))
     across = np.ones((1, length), np.uint8)
     likely = cv2.dilate((_runs_of(cv2.bitwise_and(late, now.unnatural), length) > FAINT * length).astype(np.uint8), across) & close
+    held &= 1 - close  # what is lost makes lines beside it look held
+    likely = cv2.max(likely, held)
     if likely.mean() > RARE:
         return nothing
     motions = None
     for _ in range(2):  # again without what the first round has shown to be lost
         guess = cv2.inpaint(y, likely, 3, cv2.INPAINT_NS)
         motions = motions or [flow.calc(guess, other, None) for other in (before.y, following)]
-        mask, fill = _measured(now, likely, guess, (before.y, following), motions, length)
+        mask, fill = _measured(now, likely, held, guess, (before.y, following), motions, length)
         if not mask.any():
             return nothing
         likely = cv2.dilate(mask.astype(np.uint8), across)
+        held &= likely
     if mask.mean() > RARE:
         return nothing
     beside = cv2.max(_runs_of(before.odd, length), _runs_of(after.odd, length)) > CLEAR * length
@@ -168,7 +176,7 @@ def _lost(before: Plane, now: Plane, after: Plane, later: Plane, flow) -> tuple[
     return mask, fill, sum(bool(alone[int(row), int(column)]) for column, row in middles)
 
 
-def _measured(now, likely, guess, others, motions, length) -> tuple[np.ndarray, np.ndarray]:
+def _measured(now, likely, held, guess, others, motions, length) -> tuple[np.ndarray, np.ndarray]:
     """Mask and fill, band by band of lines around what is likely lost."""
     y = now.y
     mask, fill = np.zeros(y.shape, bool), y.copy()
@@ -179,6 +187,7 @@ def _measured(now, likely, guess, others, motions, length) -> tuple[np.ndarray, 
         sides = [_followed(other, motion, lines) for other, motion in zip(others, motions, strict=True)]
         made = _combined(plane, known, sides, guess[lines].astype(np.float32))
         mask[lines] = _judged(plane, made, sides, likely[lines], now.odd[lines], length)
+        mask[lines] |= _repeated(plane, made, sides, held[lines])
         fill[lines] = np.clip(np.rint(made), 0, 255)
     return mask, fill
 
@@ -187,9 +196,7 @@ def _unnatural(plane: np.ndarray) -> np.ndarray:
     """Places [h w] (0 or 1) at an extreme level, or amid noise from column to column."""
     extreme = cv2.bitwise_or(cv2.threshold(plane, DARK, 1, cv2.THRESH_BINARY_INV)[1],
                              cv2.threshold(plane, LIGHT - 1, 1, cv2.THRESH_BINARY)[1])
-    steps = np.zeros_like(plane)
-    cv2.absdiff(plane[:, 1:], plane[:, :-1], steps[:, 1:])
-    return cv2.bitwise_or(extreme, cv2.threshold(cv2.blur(steps, (GAP, 1)), ROUGH, 1, cv2.THRESH_BINARY)[1])
+    return cv2.bitwise_or(extreme, cv2.threshold(cv2.blur(_steps_along(plane), (GAP, 1)), ROUGH, 1, cv2.THRESH_BINARY)[1])
 
 
 def _apart_from_lines(plane: np.ndarray) -> np.ndarray:
@@ -243,10 +250,45 @@ def _judged(plane, made, sides, likely, odd, length) -> np.ndarray:
         run = np.s_[row, left:right]
         beside = [r for r in (row - REACH - 2, row - REACH - 1, row + REACH + 1, row + REACH + 2) if 0 <= r < len(plane)]
         if off[beside, left:right].mean() < STRAYS * off[run].mean() and out[run].mean() > 0.5:
-            near = np.s_[max(left - GAP, 0):right + GAP]
-            lost = odd[row] > 0
-            lost[near] |= off[row, near] > STANDS_OUT
+            near, lost = np.s_[row, max(left - GAP, 0):right + GAP], odd[row] > 0
+            lost[near[1]] |= off[near] > STANDS_OUT  # farther away, this may be motion not followed
             mask[row, slice(*_grown(plane[row], lost, left, right))] = True
+    return mask
+
+
+def _held(y, length, before, after) -> np.ndarray:
+    """Places [h w] (0 or 1) of up to REACH lines that repeat the line above to the level, as none near do, and change in time."""
+    same = np.zeros_like(y)
+    cv2.threshold(cv2.absdiff(y[1:], y[:-1]), 0, 1, cv2.THRESH_BINARY_INV, same[1:])
+    textured = cv2.morphologyEx(cv2.min(_steps_along(y), 1), cv2.MORPH_CLOSE, np.ones((1, GAP // 2), np.uint8))
+    whole = cv2.morphologyEx(same & textured, cv2.MORPH_OPEN, np.ones((1, length), np.uint8))
+    if not whole.any():
+        return whole
+    reach = np.array([1] * REACH + [0] * (REACH + 1), np.uint8)[:, None]
+    steps = np.zeros_like(y)
+    cv2.absdiff(y[1:], y[:-1], steps[1:])
+    lively = cv2.blur(steps, (length, 1))
+    change = cv2.blur(cv2.min(cv2.absdiff(y, before), cv2.absdiff(y, after)), (length, 1))
+    amid = cv2.min(cv2.dilate(lively, reach), cv2.dilate(lively, reach[::-1]))
+    return whole & cv2.threshold(cv2.min(amid, change), HELD_OFF - 1, 1, cv2.THRESH_BINARY)[1]
+
+
+def _steps_along(plane: np.ndarray) -> np.ndarray:
+    """How far each place is from the one before it in its line; 0 in the first column."""
+    steps = np.zeros_like(plane)
+    cv2.absdiff(plane[:, 1:], plane[:, :-1], steps[:, 1:])
+    return steps
+
+
+def _repeated(plane, made, sides, held) -> np.ndarray:
+    """Which places are lost, [h w] bool, by runs of held lines that differ from what was made for them, as lines beside do not."""
+    off, spread = np.abs(plane - made), np.abs(sides[0] - sides[1])
+    mask = np.zeros(plane.shape, bool)
+    ends = np.diff(np.pad(held, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    for row, left, right in zip(*np.nonzero(ends > 0), np.nonzero(ends < 0)[1], strict=True):
+        beside = [r for r in (row - REACH - 1, row - REACH, row + REACH, row + REACH + 1) if 0 <= r < len(plane)]
+        wrong, strays, doubt = (part.mean() for part in (off[row, left:right], off[beside, left:right], spread[row, left:right]))
+        mask[row, left:right] = wrong > max(HELD_OFF, 2 * strays, doubt)
     return mask
 
 

@@ -138,6 +138,17 @@ def test_dropouts_are_found_and_only_they_are_filled(seed):
     assert psnr(filled.y, clip.y, ~lost) >= 50
 
 
+def test_lines_held_instead_of_lost_ones_are_found_and_filled():
+    clip = scene(1, 20)
+    damaged, lost = degrade.dropouts(clip, 1, held=True)
+    made = list(dropout.mended(iter(from_clip(damaged))))
+    mask = np.stack([np.zeros(lost.shape[1:], bool) if each.mask is None else each.mask for each in made])
+    filled = to_clip(each.picture for each in made)
+    assert watched(dropout.Watch(), damaged).found()
+    assert (mask & lost).sum() >= 0.9 * mask.sum() > 0.2 * lost.sum()
+    assert psnr(filled.y, clip.y, lost) >= psnr(damaged.y, clip.y, lost) + 1
+
+
 def test_dropouts_are_filled_as_the_film_passes():
     taken = []
 

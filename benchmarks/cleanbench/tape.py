@@ -14,7 +14,7 @@ SHARES = (0.3, 0.5, 0.7)
 
 
 def score(bench: Bench) -> list[Row]:
-    return [*_ghosts(bench), *_dropouts(bench), *_worn(bench), *_flicker(bench), *_blocks(bench)]
+    return [*_ghosts(bench), *_dropouts(bench), *_held(bench), *_worn(bench), *_flicker(bench), *_blocks(bench)]
 
 
 def through_binary(clip: Clip, filters: str) -> Clip:
@@ -118,6 +118,27 @@ def _dropouts(bench: Bench) -> list[Row]:
                      Row("dropouts", setting, "PSNR inside, dB", within, ">= 30", inside, len(clips))]
             if crf is None:
                 rows.append(Row("dropouts", setting, "PSNR outside, dB", without, ">= 60", outside, len(clips)))
+    return rows
+
+
+def _held(bench: Bench) -> list[Row]:
+    """Dropouts that a player hid by the line above."""
+    rows = []
+    for family in FAMILIES:
+        figures = []
+        for k, (_, _, clip) in enumerate(bench.clips((family,), 48, 2)):
+            damaged, lost = degrade.dropouts(clip, k, held=True)
+            made = list(dropout.mended(iter(from_clip(damaged))))
+            mask = np.stack([np.zeros(lost.shape[1:], bool) if each.mask is None else each.mask for each in made])
+            filled = to_clip(each.picture for each in made)
+            figures.append(((mask & lost).sum() / max(mask.sum(), 1), psnr(damaged.y, clip.y, lost), psnr(filled.y, clip.y, lost),
+                            psnr(filled.y, clip.y, ~lost)))
+        if figures:
+            right, before, after, outside = (mean(values) for values in zip(*figures, strict=True))
+            setting, count = f"lines held, {family}", len(figures)
+            rows += [Row("dropouts", setting, "share of the mask that was lost", right, ">= 0.95", clips=count),
+                     Row("dropouts", setting, "PSNR inside, dB", after, f"> {before:.1f}", clips=count),
+                     Row("dropouts", setting, "PSNR outside, dB", outside, ">= 60", clips=count)]
     return rows
 
 
