@@ -29,7 +29,7 @@ from latte.video import renamed_when_whole
 
 VERSION = "1"  # raised when shards have other bytes than before
 HERE = ("path", "shard", "dropped")  # columns that say where a clip lies in this folder: not in its JSON
-FORMS = ("joined", "cut")  # reasons of rows that live on in other rows
+FORMS = ("joined", "cut", "stitch")  # reasons of rows that live on in others, and edits that repair nothing
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class _Tally:
         self.clips += 1
         self.seconds += length
         self.captions += bool(row["caption"])
-        self.repaired += bool(row["edits"])
+        self.repaired += any(edit["step"] not in FORMS for edit in row["edits"] or ())
         self.licences[row["source"] or "", row["licence"] or ""] += 1
         self.sizes[f"{row['width']}x{row['height']}, {row['frames']} frames at {row['fps'] or 0:g} fps"] += 1
 
@@ -183,8 +183,8 @@ def publish(out: Path) -> None:
 
 CARD = """# {name}
 
-{clips:,} clips, {hours:.2f} hours, in {shards:,} shards of {mib:,.1f} MiB together. {captions:.0%} have a caption; the pixels of
-{repaired:.0%} were repaired. `manifest.parquet` also has the {others:,} rows that became no clip of their own, with the reason.
+Clips: {clips:,}, together {hours:.2f} hours. Shards: {shards:,}, together {mib:,.1f} MiB. {captions:.0%} of the clips have a
+caption, {repaired:.0%} were repaired. `manifest.parquet` also has the rows that became no clip of their own, {others:,}, with the reason.
 
 ## Sources and licences
 
@@ -222,7 +222,7 @@ Each shard holds ID.mp4, ID.json (the row) and ID.txt (the caption); any WebData
 - Captions are those of the lists unless `caption_source` names another writer; nobody has read them all.
 - People may be in the pictures; nobody has asked them.
 - Scores are estimates; what could not be computed is in the rows' tags as `not_computed`.
-- Near-duplicates are found by looks: mirrored pictures, heavy crops and the same scene at another start are missed.
+- Near-duplicates are found by looks: crops of a tenth and more, added bars and the same scene from another start are missed.
 """
 
 
