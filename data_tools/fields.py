@@ -275,6 +275,7 @@ def lean_of(votes: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
 
 SAMPLE = 30  # pictures of a segment's liveliest stretch, for those who try something on it
 LEAN, SURE = 0.03, 2.5  # share of all weight, and standard errors, by which votes lean to one side in what is not progressive
+SIDED = 0.35  # share of a cell's votes by which one order outweighs the other where a part of the cell is video, of film
 VIDEO, PART, MOST = 0.6, 0.05, 0.3  # hybrids: least share of votes for video where a cell is video; of fast ones there, and of all
 #                                     weight in the film part; of all weight there when it is progressive
 ORDERED = 0.6  # share of a segment's mean votes for its order that prove that both pictures at a gap are of it
@@ -385,7 +386,8 @@ def _parts(path: np.ndarray, votes: np.ndarray, weights: np.ndarray) -> tuple[np
     plain = np.isin(_states().mark[path], (0, TOP[0], BOTTOM[0]))  # where shifted film, smoothed by a coder, is not taken for video
     whole, seen = added(weights[plain], 0), added(votes[plain], 0)
     top, bottom = (seen[:, [video, early]].sum(1) for video, *_, early in (TOP, BOTTOM))
-    leaning = (seen[:, 0] < 0.15 * whole) & (np.abs(top - bottom) > VIDEO / 3 * whole)
+    mixed = 1.0 if _mode_at(path)[0].kind == "interlaced" else SIDED  # of video, cells of fine lines look progressive in part
+    leaning = np.abs(top - bottom) > np.where(seen[:, 0] < 0.15 * whole, VIDEO / 3, mixed) * whole
     combed = (fast > np.maximum(FEW, PART * total)) | ((whole > 4 * FEW) & ((np.maximum(top, bottom) > VIDEO * whole) | leaning))
     rest = total[~combed].sum()
     if not combed.any() or rest < PART * total.sum():

@@ -122,6 +122,18 @@ def test_segments_change_at_the_very_picture(cut, order):
         assert [segment.verdict for segment in segments] == verdicts and segments[0].last == segments[1].first == change
 
 
+@pytest.mark.parametrize("order", degrade.ORDERS)
+def test_a_title_that_fills_a_part_of_a_cell_makes_a_hybrid(order):
+    cells = fields.CELLS[0] * fields.CELLS[1]
+    votes = np.zeros((60, cells, fields.FAST + 1), np.float16)
+    votes[:, :, 0] = 10
+    votes[:, -1, 0], votes[:, -1, (fields.TOP if order == "tff" else fields.BOTTOM)[0]] = 4, 4
+    verdict = fields.judge(fields.Evidence(votes, np.full((60, cells), 10, np.float16), np.full(60, 3.0)))
+    assert verdict.verdict == "hybrid" and verdict.segments[0].order == order
+    votes[:, -1, fields.TOP[0]] = votes[:, -1, fields.BOTTOM[0]] = 2
+    assert fields.judge(fields.Evidence(votes, np.full((60, cells), 10, np.float16), np.full(60, 3.0))).verdict == "progressive"
+
+
 def test_parts_in_time_and_parts_of_the_picture_make_hybrids():
     film_part = degrade.telecine(scene(), "2:3").clip
     in_time = analyse(from_clip(after(film_part, degrade.weave(scene(4)))))
