@@ -183,8 +183,9 @@ def publish(out: Path) -> None:
 
 CARD = """# {name}
 
-Clips: {clips:,}, together {hours:.2f} hours. Shards: {shards:,}, together {mib:,.1f} MiB. {captions:.0%} of the clips have a
-caption, {repaired:.0%} were repaired. `manifest.parquet` also has the rows that became no clip of their own, {others:,}, with the reason.
+Clips: {clips:,}, together {hours:.2f} hours. Shards: {shards:,}, together {mib:,.1f} MiB.
+{captions:.0%} of the clips have a caption, {repaired:.0%} were repaired.
+`manifest.parquet` also has the rows that became no clip of their own, {others:,}, with the reason.
 
 ## Sources and licences
 

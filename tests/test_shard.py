@@ -236,7 +236,7 @@ def test_shards_hold_every_clip_and_nothing_of_this_machine(made):
     assert subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=out, capture_output=True).returncode == 0
     card = (out / "CARD.md").read_text()
     for part in ("# small | set", "Clips: 7, together 0.00 hours. Shards: 3,", "| film | CC-BY-4.0 | 7 | yes | yes |",
-                 "| cut | 1 | 0.017 |", "| 32x32, 8 frames at 8 fps | 7 |", "\ncaption, 100% were repaired.", "With av 18."):
+                 "| cut | 1 | 0.017 |", "| 32x32, 8 frames at 8 fps | 7 |", "have a caption, 100% were repaired.", "With av 18."):
         assert part in card, part
 
 
