@@ -30,9 +30,9 @@ RATIOS = {"24/30": Fraction(4, 5), "24/25": Fraction(24, 25), "25/30": Fraction(
           "15/25": Fraction(3, 5)}
 WINDOW, LEAST = 52, 24  # pictures that are judged together, from every half of it on; fewer than the second cannot be
 PHASES, FINE = 16, 256  # steps of the phase when looking for it, and in the end
-SAMPLES, MOVING = 40_000, 0.1  # pixels looked at; the share of them that counts: where most moves
+SAMPLES, MOVING = 40_000, 0.1  # pixels of the shrunk pictures, about; the share of them that counts: where most moves
 STILL = 2.0  # levels squared: below this the pixels that move most hardly do
-FALL, FEW = 4.0, 7  # how far the energy of the right phase lies below that of others, and the more for few combinations
+FALL, FEW = 4.0, 3  # how far the energy of the right phase lies below that of others, and the more for few combinations
 AGREE = 0.8  # the share of windows with motion in which it has to
 REACH = 13  # pictures around one that is half and half
 ROUNDING = 0.3  # levels squared: what 8 bits leave of nothing
@@ -114,7 +114,9 @@ def _grams(film: Film) -> Iterator[tuple[int, np.ndarray]]:
     count, last = 0, 0
     for picture in film:
         h, w = picture.y.shape
-        held.append(picture.y[::max(1, round(h * w / 2 / SAMPLES)), ::2].ravel())
+        part = max(1, round(math.sqrt(h * w / SAMPLES)))  # mixed pictures stay so when shrunk, and a codec's noise grows less
+        size = max(1, w // part), max(1, h // part)
+        held.append(cv2.resize(picture.y.astype(np.float32), size, interpolation=cv2.INTER_AREA).ravel())
         count += 1
         if len(held) == WINDOW and count - last >= WINDOW // 2:
             yield count - WINDOW, _gram(held)
@@ -124,7 +126,7 @@ def _grams(film: Film) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _gram(planes: deque[np.ndarray]) -> np.ndarray:
-    pixels = np.stack(planes).astype(np.float32)
+    pixels = np.stack(planes)
     activity = np.abs(np.diff(pixels, axis=0)).mean(0)
     pixels = pixels[:, activity >= np.quantile(activity, 1 - MOVING)]
     pixels -= pixels.mean(0)

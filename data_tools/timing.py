@@ -6,9 +6,10 @@ out, in cells of 4x4 of their pixels, of which those that usually move count mos
 small; its picture does not lie midway between the one before and the one after, as any motion has it, be it fast or slow, but at
 one of them; and it has no share in the change from some pictures before to some after. Repeats are found first; jumps then
 between the pictures that are left, as steps whose change stands out from those on both sides, by about what a double step adds
-and by more than these differ among themselves: motion of an uneven pace has such steps too. Rather a jump is missed than one
-suspected where there is none. What a codec turned into motion, as bidirectional prediction does with repeats in quiet passages
-at low rates, is none for us either.
+and by more than these differ among themselves: motion of an uneven pace has such steps too. Where motion is steady, optical flow
+tells its pace, in which repeats that a codec made to half steps stand apart, and double steps. Rather a jump is missed than one
+suspected where there is none. What a codec turned into motion altogether, as bidirectional prediction does with repeats in quiet
+passages at low rates, is none for us either.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,9 +23,15 @@ from data_tools.film import Film, Picture, around
 
 WIDTH, CELL = 160, 4  # columns of the shrunk pictures; their pixels a cell is wide and high
 NEAR, BESIDE = 4, 3  # steps before and after that a step is compared with, for repeats and for jumps
+FAR = 12  # steps before and after that the pace of a repeat is compared with
 REACH = 3  # steps on both sides that a longer way has
 NOISE = 0.06  # levels, mean of a picture: a change below it says nothing
 FLOOR = 0.05  # ratios below this say no more
+FLOWN = 32  # lines of a shrunk picture from which on flow is looked for
+SLOW = 0.07  # pixels a step, of shrunk pictures: motion below it cannot be told from the coder's
+BLUR, SPREAD, FASTEST = 0.1, 0.15, 4.0  # paces and the spread of their logs say no more below these, nor paces above the third
+APART = {-1: (2.75, -1.0), 1: (1.5, 0.0)}  # spreads by which pace may lie apart by chance, least log odds: of repeats, of jumps
+MOST = 5.0  # log odds that pace may give
 # Weights of the log odds, tuned on procedural scenes and films that the bench does not test with
 # Change where usually most is, in most cells, in all; place between the pictures around; change along a longer way; to exceed
 REPEAT = (3.1, -0.8, 1.2, 2.8, 1.1, 2.3)
@@ -55,12 +62,16 @@ class Found:
     jumps: list[Jump] = field(default_factory=list)
 
 
-class _Small(NamedTuple):
+@dataclass(eq=False)
+class _Small:
     """A shrunk picture."""
 
     number: int
     at_s: float
-    plane: np.ndarray  # float32 [h w]
+    grey: np.ndarray  # uint8 [h w]
+    plane: np.ndarray  # the same, float32
+    detail: np.ndarray  # [n] squared mean slope of each cell
+    came: tuple[int, np.ndarray] | None = None  # the number of another picture, and each cell's motion from it on [n 2], pixels
 
 
 @dataclass(eq=False)
@@ -72,6 +83,9 @@ class _Step:
     first: bool  # there is no picture before: the change is 0
     cells: np.ndarray  # [n] mean absolute change
     two: np.ndarray  # the same from the picture two before
+    motion: np.ndarray  # [n 2] of each cell, pixels
+    pace: float = 1.0  # how far things move, beside the steps around: 1 is as far as usual
+    steady: float = 0.0  # 0 to 1, how far the steps around move things the same way
     along: float = 1.0  # the change along that of a longer way around: 1 is an even share of it, 0 nothing
 
     @property
@@ -84,21 +98,21 @@ class _Step:
 
 
 def analyse(film: Film) -> Found:
-    """Goes through the film once; holds a dozen shrunk pictures and gives two numbers a picture.
+    """Goes through the film once; holds some thirty shrunk pictures and gives two numbers a picture.
 
     Runs of more than NEAR repeats, and pictures that do not move, are taken for what the film shows.
     """
     at_s, scores = [], []
 
     def kept() -> Iterator[_Small]:
-        for step, near in around(_shared(_steps(_shrunk(film))), NEAR):
+        for step, near in around(_paced(_shared(_steps(_shrunk(film)))), FAR):
             at_s.append(step.to.at_s)
             scores.append(_repeat_odds(step, near))
             if scores[-1] <= 0:
                 yield step.to
 
     jumps = []
-    for step, near in around(_steps(kept()), BESIDE):
+    for step, near in around(_paced(_steps(kept())), BESIDE):
         odds, missing = _jump_odds(step, near)
         if odds > 0:
             jumps.append(Jump(step.to.number, step.to.at_s, missing, float(1 / (1 + np.exp(-odds)))))
@@ -116,8 +130,9 @@ def repair(film: Film, found: Found) -> Film:
 def _shrunk(pictures: Iterable[Picture]) -> Iterator[_Small]:
     for number, picture in enumerate(pictures):
         h, w = picture.y.shape
-        size = (WIDTH, max(CELL, round(WIDTH * h / w / CELL) * CELL))
-        yield _Small(number, picture.at_s, cv2.resize(picture.y, size, interpolation=cv2.INTER_AREA).astype(np.float32))
+        grey = cv2.resize(picture.y, (WIDTH, max(CELL, round(WIDTH * h / w / CELL) * CELL)), interpolation=cv2.INTER_AREA)
+        slopes = (cv2.convertScaleAbs(cv2.Sobel(grey, cv2.CV_16S, *axis)) for axis in ((1, 0), (0, 1)))
+        yield _Small(number, picture.at_s, grey, grey.astype(np.float32), np.square(_mean(cv2.add(*slopes)).astype(np.float32)))
 
 
 def _steps(smalls: Iterable[_Small]) -> Iterator[_Step]:
@@ -125,13 +140,38 @@ def _steps(smalls: Iterable[_Small]) -> Iterator[_Step]:
     before: list[_Small] = []
     for small in smalls:
         last, two = (before[-1], before[0]) if before else (small, small)
-        yield _Step(small, small.at_s - last.at_s, not before, _cells(small.plane, last.plane), _cells(small.plane, two.plane))
+        yield _Step(small, small.at_s - last.at_s, not before, _mean(cv2.absdiff(small.plane, last.plane)),
+                    _mean(cv2.absdiff(small.plane, two.plane)), _motion(small, last))
         before = [*before[-1:], small]
 
 
-def _cells(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    h, w = a.shape
-    return cv2.resize(cv2.absdiff(a, b), (w // CELL, h // CELL), interpolation=cv2.INTER_AREA).ravel()
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Of each cell, [n] or [n channels]."""
+    h, w = values.shape[:2]
+    return cv2.resize(values, (w // CELL, h // CELL), interpolation=cv2.INTER_AREA).reshape(-1, *values.shape[2:])
+
+
+def _motion(small: _Small, before: _Small) -> np.ndarray:
+    """Mean optical flow of each cell [n 2] (DIS: Kroeger et al., arXiv 1603.03590); kept with the picture for the next to ask."""
+    if len(small.grey) < FLOWN:
+        return np.zeros((small.detail.size, 2), np.float32)
+    if small.came is None or small.came[0] != before.number:
+        search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
+        search.setFinestScale(1)
+        small.came = before.number, _mean(search.calc(small.grey, before.grey, None))
+    return small.came[1]
+
+
+def _paced(steps: Iterable[_Step]) -> Iterator[_Step]:
+    """Steps with their pace and how steady it is, by where and how far things move in those before and after."""
+    for step, near in around(steps, NEAR):
+        others = np.stack([other.motion for other in near if other is not step and not other.first] or [step.motion])
+        usual, way = np.median(np.linalg.norm(others, axis=2), 0), np.median(others, 0)
+        detail = step.to.detail / (step.to.detail.sum() + NOISE)
+        speed = float(detail @ np.square(usual)) + 1e-6  # squared
+        step.pace = float(detail @ (np.linalg.norm(step.motion, axis=1) * usual)) / speed
+        step.steady = float(detail @ np.square(way).sum(1)) / speed * min(1.0, np.sqrt(speed) / SLOW)
+        yield step
 
 
 def _square(a: _Step, b: _Step) -> float:
@@ -148,6 +188,20 @@ def _quantile(values: np.ndarray, weights: np.ndarray, share: float) -> float:
     order = np.argsort(values)
     total = np.cumsum(weights[order])
     return float(values[order][min(np.searchsorted(total, share * total[-1]), len(values) - 1)])
+
+
+def _by_pace(step: _Step, others: list[_Step], sign: int) -> float:
+    """What pace adds to the log odds of a repeat (sign -1) or a jump (1): by how many spreads of the others' it is less or more.
+
+    It says much where motion is steady and nothing where it turns. Flow that loses its way in a double step speaks against no jump.
+    """
+    if step.first or len(others) < 4:
+        return 0.0
+    here, *rest = (sign * np.log(min(other.pace, FASTEST) + BLUR) for other in (step, *others))
+    usual = np.sort(rest)[:len(rest) - len(rest) // 4]  # without those that are repeats or jumps themselves
+    apart = (here - usual.mean()) / (usual.std() + SPREAD)
+    chance, least = APART[sign]
+    return float(np.clip(apart * min(1.0, step.steady)**2 - chance, least, MOST))
 
 
 # Repeats
@@ -172,7 +226,10 @@ def _along(planes: list[np.ndarray], here: int) -> float:
 
 
 def _repeat_odds(step: _Step, near: list[_Step]) -> float:
-    """Log odds that a step shows nothing new: by its change beside the usual one, and by the place between pictures."""
+    """Log odds that a step shows nothing new: by its change beside the usual one, the place between pictures, and its pace."""
+    here = near.index(step)
+    pace = _by_pace(step, [other for other in near if other is not step and not other.first], -1)
+    near = near[max(0, here - NEAR):here + NEAR + 1]
     others = [other for other in near if other is not step and not other.first]
     if step.first or len(others) < 3:
         return -np.inf
@@ -190,7 +247,7 @@ def _repeat_odds(step: _Step, near: list[_Step]) -> float:
         behind = _place(_square(before, step), _square(near[here - 2], step), _square(near[here - 2], before))
     along = step.along / max(float(np.median([other.along for other in others])), 0.2)
     values = (_log(weighed), _log(most), _log(whole), ahead + behind, np.clip(along, -0.3, 1.3), 1.0)
-    return -float(np.dot(REPEAT, values))
+    return pace - float(np.dot(REPEAT, values))
 
 
 def _place(near: float, whole: float, far: float) -> float:
@@ -221,4 +278,4 @@ def _jump_odds(step: _Step, near: list[_Step]) -> tuple[float, int]:
     usually = float(np.median([other.span_s for other in others]))
     doubles = np.clip(np.mean(beside), -1, ENOUGH)
     odds = JUMP[0] * doubles + JUMP[1] * apart + JUMP[2] * uneven - JUMP[3] + SURER * (step.span_s > GAP * usually)
-    return float(odds), max(1, round(float(np.mean(beyond))))
+    return float(odds) + _by_pace(step, others, 1), max(1, round(float(np.mean(beyond))))

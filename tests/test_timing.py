@@ -65,6 +65,14 @@ def test_a_slow_pan_is_no_repeat_and_its_repeats_are():
     assert not found.jumps
 
 
+def test_repeats_that_a_codec_made_small_steps():
+    """In a steady pan; the step to the next picture is less by as much."""
+    speeds, small = np.full(60, 2.0), [14, 27, 41, 50]
+    speeds[small], speeds[np.add(small, 1)] = 0.6, 1.4
+    found = found_in(panned(35, speeds))
+    assert list(np.flatnonzero(found.duplicate)) == small and not found.jumps
+
+
 @pytest.mark.parametrize("uneven", ["sways", "trembles", "random"])
 def test_an_uneven_pace_is_no_damage(uneven):
     steps = np.arange(54)
@@ -106,6 +114,15 @@ def test_a_gap_in_honest_times_makes_a_jump_surer(scenes):
     lying = found_in(scenes[0].take(shown).timed(25)).jumps
     honest = found_in(scenes[0].take(shown)).jumps
     assert [jump.number for jump in honest] == [30] and honest[0].confidence > max((jump.confidence for jump in lying), default=0)
+
+
+@pytest.mark.parametrize("h,w", [(64, 64), (8, 640)])
+def test_nothing_to_see(h, w):
+    """Flat pictures, and strips too low to look for motion in."""
+    for level in (np.zeros(20), np.arange(20)):
+        y = np.broadcast_to(level[:, None, None], (20, h, w)).astype(np.uint8)
+        found = found_in(Clip(y, y[:, ::2, ::2], y[:, ::2, ::2], np.arange(20) / 25))
+        assert len(found.score) == 20 and not np.isnan(found.score).any() and not found.jumps
 
 
 def test_short_films():
