@@ -331,15 +331,11 @@ def _sharded(tar: tarfile.TarFile, name: str, parts: dict[str, tarfile.TarInfo])
 
 
 def folder(path: Path) -> Iterator[Entry]:
-    """Videos anywhere below a folder, with NAME.txt or NAME.json beside NAME.mp4, or captions.csv or metadata.csv with the columns
-    file (or file_name) and caption (or text). The one reader that looks into every file, as data_tools.manifest does."""
-    table = next((path / name for name in ("captions.csv", "metadata.csv") if (path / name).is_file()), None)
-    rows = _table(table) if table else ()
-    told = {name: row for row in rows if (name := next((row[key] for key in FILE_COLUMNS if row.get(key)), None))}
-    there = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES}
+    """Videos anywhere below a folder; see `videos` for captions. The one reader that looks into every file, as data_tools.manifest
+    does: broken ones are known at once, and a file is known by its bytes."""
     seen: set[str] = set()
-    for name in sorted(there | set(told)):
-        clip = _attempt(lambda name=name: _own(path, name, told.get(name)))
+    for name, about in videos(path):
+        clip = about if isinstance(about, Bad) else _attempt(lambda name=name, about=about: _own(path, name, about))
         if isinstance(clip, Listed):
             if clip.facts["id"] in seen:  # a copy of another file: a row of its own
                 clip.facts["id"] = hashlib.sha256(f"{clip.facts['id']} {name}".encode()).hexdigest()
@@ -347,11 +343,24 @@ def folder(path: Path) -> Iterator[Entry]:
         yield clip
 
 
-def _own(path: Path, name: str, about: dict[str, Any] | None) -> Listed:
-    text, held = ((path / name).with_suffix(suffix) for suffix in (".txt", ".json"))
-    if about is None:
-        about = _json(held) if held.is_file() else {}
-        about |= {"caption": text.read_text(encoding="utf-8", errors="replace")} if text.is_file() else {}
+def videos(path: Path) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
+    """The names of all videos below a folder, and what is told of each: its row of captions.csv or metadata.csv, with the columns
+    file (or file_name) and caption (or text), or else NAME.json, NAME.txt (the caption) beside NAME.mp4."""
+    table = next((path / name for name in ("captions.csv", "metadata.csv") if (path / name).is_file()), None)
+    rows = _table(table) if table else ()
+    told = {name: row for row in rows if (name := next((row[key] for key in FILE_COLUMNS if row.get(key)), None))}
+    there = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES}
+    for name in sorted(there | set(told)):
+        yield name, told.get(name) or _attempt(lambda name=name: _beside(path / name))
+
+
+def _beside(file: Path) -> dict[str, Any]:
+    text, held = file.with_suffix(".txt"), file.with_suffix(".json")
+    caption = {"caption": text.read_text(encoding="utf-8", errors="replace")} if text.is_file() else {}
+    return (_json(held) if held.is_file() else {}) | caption
+
+
+def _own(path: Path, name: str, about: dict[str, Any]) -> Listed:
     clip = _told(about, name)
     clip.name = clip.file = name
     clip.from_s = clip.to_s = None  # the whole file; for spans there is `table`
