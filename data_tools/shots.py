@@ -118,8 +118,8 @@ def blocks(film: Film) -> Iterator["Block"]:
         times.append(picture.at_s)
         if len(thumbs) == before + OWN + MARGIN:
             yield Block(np.stack(thumbs), np.array(times), before, before + OWN)
-            gone = before + OWN - MARGIN
-            thumbs, times, before = thumbs[gone:], times[gone:], MARGIN
+            gone = max(0, before + OWN - MARGIN)
+            thumbs, times, before = thumbs[gone:], times[gone:], before + OWN - gone
     if len(thumbs) > before:
         yield Block(np.stack(thumbs), np.array(times), before, len(thumbs))
 
@@ -220,7 +220,7 @@ def transnet(block: Block) -> list[Change]:
 def rules(block: Block) -> list[Change]:
     """Rules alone; of what they are not sure, a guess."""
     changes, doubts = ruled(block)
-    return changes + kept(block, [change for doubt in doubts for change in guessed(block, *doubt)])
+    return changes + kept(block, [change for doubt in doubts for change in guessed(block, *doubt, changes)])
 
 
 DETECTORS: dict[str, Callable[[Block], list[Change]]] = {"cascade": cascade, "transnet": transnet, "rules": rules}
@@ -312,11 +312,12 @@ def fades(block: Block) -> list[Change]:
 
 
 def _ramp(spread: np.ndarray, at: int, way: int) -> int:
-    """The last picture from `at` on, going `way`, over which contrast keeps growing."""
-    while 0 <= at + way < len(spread) and spread[at + way] > 1.01 * spread[at] and (
-            spread[min(max(at + 3 * way, 0), len(spread) - 1)] > 1.02 * spread[at]):
+    """The last picture from `at` on, going `way`, before contrast stops growing."""
+    start, last = at, len(spread) - 1
+    while 0 <= at + way <= last and spread[at + way] > 1.01 * spread[at] and (
+            spread[min(max(at + 3 * way, 0), last)] > 1.02 * spread[at]):
         at += way
-    return at
+    return at if at == start else at - way  # the one at which it stopped is whole
 
 
 def _same(block: Block, first: int, last: int) -> bool:
@@ -430,16 +431,22 @@ def answered(block: Block, first: int, last: int, beside: int) -> list[Change]:
     return out
 
 
-def guessed(block: Block, first: int, last: int) -> list[Change]:
-    """What a span with something in it most likely is, without the network: a change where another scene is before it than after."""
-    at, n = first + int(np.argmax(block.steps[first:last])), len(block)
+def guessed(block: Block, first: int, last: int, known: list[Change]) -> list[Change]:
+    """What a span with something in it most likely is, without the network: a change where another scene is before than after."""
+    at = first + int(np.argmax(block.steps[first:last]))
     beside = np.r_[block.steps[max(0, at - 2):at], block.steps[at + 1:at + 3]].max(initial=0)
     if block.steps[at] > max(CUT, 2 * beside):
         return [Change(("cut", at, at, 0.5))]
-    before, after = max(first - 1, 0), min(last, n - 1)
-    apart = block.far([before], [after], block.wide)[0]
-    alike = np.corrcoef(*(cv2.blur(block.thumbs[i, ..., 0], (5, 5)).ravel() for i in (before, after)))[0, 1]
-    return [Change(("gradual", first, last, 0.5))] if apart > 2 * CUT and alike < 0.5 else []
+    begin = max([0, *(change[2] for change in known if change[2] <= first)])  # of the shot, as far as is known
+    end = min([len(block), *(change[1] for change in known if change[1] >= last)]) - 1
+    middle = np.array([at]) if block.steps[at] > CUT else np.arange(first, last)
+    low, high = np.maximum(middle - GAP, begin), np.minimum(middle + GAP, end)
+    gaps = block.far(low, high, block.wide)
+    low, high = low[np.argmax(gaps)], high[np.argmax(gaps)]
+    within = block.far([max(low - 2 * GAP, begin), high], [low, min(high + 2 * GAP, end)], block.wide)  # as far without a change
+    alike = np.corrcoef(*(cv2.blur(block.thumbs[i, ..., 0], (5, 5)).ravel() for i in (low, high)))[0, 1]
+    sure = gaps.max() > 2 * within.max() or block.steps[at] > CUT
+    return [Change(("gradual", int(low), int(high), 0.5))] if sure and gaps.max() > 2 * CUT and alike < 0.5 else []
 
 
 def kept(block: Block, changes: list[Change]) -> list[Change]:
@@ -466,9 +473,11 @@ def kept(block: Block, changes: list[Change]) -> list[Change]:
 def panned(block: Block, first: int, last: int) -> bool:
     """Whether pictures first .. last - 1 are of a camera that was swung: in the middle of it each is the one before, moved far."""
     moves = [_moved(block.thumbs[at - 1, ..., 0], block.thumbs[at, ..., 0]) for at in range(first, last + 1)]
-    middle = range(len(moves) // 4, len(moves) - len(moves) // 4)
-    return sum(abs(way) for _, way in moves) > SIDES[1] / 2 and all(
-        moves[i][0] < 0.5 * max(block.spread[first + i], 4.0) for i in middle)
+    swung = [i for i, (_, way) in enumerate(moves) if abs(way) > 3]
+    if sum(abs(way) for _, way in moves) < SIDES[1] / 2 or len(swung) < 3:
+        return False
+    aside = (swung[-1] - swung[0] + 3) // 4  # where it starts and stops, blur changes
+    return all(moves[i][0] < 0.6 * max(block.spread[first + i], 4.0) for i in range(swung[0] + aside, swung[-1] + 1 - aside))
 
 
 def _moved(one: np.ndarray, other: np.ndarray) -> tuple[float, int]:
