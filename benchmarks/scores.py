@@ -31,7 +31,7 @@ from data_tools.film import Clip  # noqa: E402
 from data_tools.manifest import Job  # noqa: E402
 from latte import keyed  # noqa: E402
 
-FRAMES = 50
+FRAMES = 48
 WORDS = "a man woman dog cat walks runs in the park street red blue car city at night with people sitting table close up of"
 FILM = common.FOOTAGE / "film.mp4"  # Big Buck Bunny
 TOLD = tuple(name for name in score.OF_TRACE if name != "phash")
@@ -39,10 +39,10 @@ TOLD = tuple(name for name in score.OF_TRACE if name != "phash")
 
 def clips(quick: bool) -> Iterator[tuple[str, str, Clip]]:
     """(family, name, clip), each within one shot."""
-    for family, name, clip in common.Bench(quick).clips(("synth", "bbb", "bikes", "car", "city"), FRAMES, 5):
+    for family, name, clip in common.Bench(quick).clips(("synth", "bbb", "bikes", "car", "city"), FRAMES, 4):
         yield family, name, clip
     if FILM.exists():
-        for at in range(40, 480, 110 if quick else 40):
+        for at in range(40, 480, 110 if quick else 70):
             clip = film.to_clip(film.read(FILM, at, at + FRAMES / 24), FRAMES)
             change = np.abs(np.diff(clip.y[:, ::8, ::8].astype(np.int16), axis=0)).mean((1, 2))
             if change.max() < 6 * np.median(change) + 2:  # no cut

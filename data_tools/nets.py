@@ -17,7 +17,7 @@ import numpy as np
 from data_tools import overlay
 
 TEXT_WIDTH = 480  # columns that text is looked for in, at most
-FACE_WIDTH = 640  # the same for faces; a face of 15 of these columns is still found
+FACE_WIDTH = 480  # the same for faces
 FACE, SAME = 0.5, 0.3  # least certainty of a face; boxes that share more are one face
 SMALLEST = 96  # lines and columns below which a picture is enlarged for the face detector
 

@@ -57,7 +57,7 @@ SCORES = {
     "phash": "no number: perceptual hashes of four pictures, 16 hex digits each, in tags",
 }
 LOOKS = (1 / 8, 3 / 8, 5 / 8, 7 / 8)  # of the span: pictures that are hashed and that networks see
-IN_A_ROW = 16  # pictures from each of them on that are looked at for combs
+IN_A_ROW = 12  # pictures from each of them on that are looked at for combs
 IN_A_ROW_MIB = 64  # that these may take
 WIDTH = 160  # columns of the pictures that motion is measured in
 EVERY_S = 0.25 # from one picture to the next that sharpness, exposure and logos are measured in
@@ -246,7 +246,7 @@ class Trace:
     sharp: list[float] = field(default_factory=list)
     clipped: list[tuple[float, float]] = field(default_factory=list)  # shares of dark and bright pixels
     looks: list[Picture] = field(default_factory=list)  # at LOOKS
-    in_a_row: list[Picture] = field(default_factory=list)  # from each of LOOKS on
+    in_a_row: list[np.ndarray] = field(default_factory=list)  # luma, from each of LOOKS on
     logo: "LogoWatch | None" = None
 
 
@@ -281,7 +281,7 @@ def trace(path: Path, start_s: float, end_s: float | None, wanted: list[str]) ->
             found.looks.append(picture)
             left = max(2, min(IN_A_ROW, int(IN_A_ROW_MIB * 2**20 / len(LOOKS) / picture.y.size)))
         if left and "residual_comb" in wanted:
-            found.in_a_row.append(picture)
+            found.in_a_row.append(picture.y)
             left -= 1
         last, latest = small, picture
     found.looks += [latest] * (len(LOOKS) - len(found.looks))  # the file ends before the span does
@@ -419,7 +419,7 @@ def residual_comb(seen: Trace) -> float:
     """The more certain of two signs: fields on lines of their own (data_tools.fields), and a rescaled comb (data_tools.baked)."""
     if len(seen.in_a_row) < 8:
         raise Unknown("too few pictures")
-    planes = np.stack([picture.y for picture in seen.in_a_row])
+    planes = np.stack(seen.in_a_row)
     sample = films.from_clip(Clip(planes, planes[:, :1, :1], planes[:, :1, :1], np.arange(len(planes)) / 25.0))
     verdict = fields.analyse(sample)
     woven = verdict.confidence if verdict.verdict not in ("progressive", "unknown") else 0.0
@@ -476,7 +476,7 @@ OF_TRACE: dict[str, Callable[[Trace], Any]] = {
     "clipped_bright": lambda seen: float(np.mean(seen.clipped, 0)[1]),
 }
 NETWORKS: dict[str, Callable[[Settings, list[np.ndarray]], float]] = {
-    "text_area": lambda _, images: nets.text_area(images),
+    "text_area": lambda _, images: nets.text_area(images[1:]),  # the dearest of the networks: three pictures of the four
     "faces": lambda _, images: nets.faces(images),
     "nsfw": lambda _, images: nets.nsfw(images),
     "aesthetics": lambda settings, images: nets.aesthetics(images, settings.aesthetics),

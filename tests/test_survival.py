@@ -112,7 +112,8 @@ def test_thumbnails_are_of_what_this_stage_dropped_and_kept(run):
 def test_a_run_that_lost_everything_still_has_a_page(tmp_path):
     manifest.write(tmp_path / "m.parquet", [row(0, dropped="no file", path=None)])
     path = tmp_path / "m.parquet"
-    text = survival.page([("ingest", {}, path), ("filter", {"keep": {"motion": [1, None]}}, path)], tmp_path / "page.html", tmp_path)
+    stages = [("ingest", {}, path), ("filter", {"keep": {"motion": [1, None]}}, path)]
+    text = survival.page(stages, tmp_path / "page.html", tmp_path)
     assert "0.0%" in text and (tmp_path / "page.html").stat().st_size > 1000
 
 
