@@ -1,10 +1,10 @@
-"""Restores what tapes, recorders and codecs did to a film: repeats, ghosts, dropouts, scratches, a torn foot, flicker and blocks.
+"""Restores what tapes, recorders and codecs did to a film: repeats, ghosts, dropouts, scratches, torn feet, flicker, blocks, noise.
 
     python -m data_tools.restore IN.mp4 --out OUT.mp4 --report R.json
 
 In that order, each looked for in what the one before left. Every repair has to prove itself: a ghost laid over the repaired film
-must give the film back, and no repaired film may show what was repaired again; else the film stays as it was and a note says why.
-Jumps, places where pictures are missing, are reported and left.
+must give the film back, what is taken away as noise must be noise alone, and no repaired film may show what was repaired again;
+else the film stays as it was and a note says why. Jumps, places where pictures are missing, are reported and left.
 """
 
 import argparse
@@ -29,7 +29,7 @@ class Look:
     def __init__(self, shot: tuple[int, ...] = ()):
         self.ghosts, self.losses = ghost.Watch(), dropout.Watch(shot)
         self.scratches, self.foot = wear.ScratchWatch(), wear.FootWatch()
-        self.gains, self.blocks = smooth.FlickerWatch(), smooth.BlockWatch()
+        self.gains, self.blocks, self.noise = smooth.FlickerWatch(), smooth.BlockWatch(), smooth.NoiseWatch()
 
     def again(self, film: Film) -> "Look":
         """What a passage through another state of the film shows."""
@@ -47,8 +47,9 @@ class Look:
 
     def trace(self) -> dict:
         """The measurements, for the report."""
-        blocks = self.blocks.measured()
-        return {"ghost": self.ghosts.trace(), "dropouts": self.losses.trace(), "blockiness": blocks and round(blocks.score, 3)}
+        blocks, noise = self.blocks.measured(), self.noise.measured()
+        return {"ghost": self.ghosts.trace(), "dropouts": self.losses.trace(), "blockiness": blocks and round(blocks.score, 3),
+                "noise": noise and asdict(noise)}
 
 
 def restore(film: Film, shot: tuple[int, ...] = ()) -> Outcome:
@@ -71,7 +72,7 @@ def restore(film: Film, shot: tuple[int, ...] = ()) -> Outcome:
         _accept(outcome, timing.repair(film, times), "repeats", {"left out": int(times.duplicate.sum())},
                 float(np.mean(1 / (1 + np.exp(-score)))))
         look = Look().again(outcome.film)  # pictures are missing now: whose lines were shot is no longer known
-    for step in (_deghost, _fill, _unscratch, _cut, _steady, _deghost, _deblock):  # twice, for what came upon the ghost and hid it
+    for step in (_deghost, _fill, _unscratch, _cut, _steady, _deghost, _deblock, _denoise):  # a ghost may be hidden at first
         look = step(outcome, look)
     outcome.verdict = "+".join(edit.step for edit in outcome.edits) or "nothing"
     if outcome.edits:
@@ -159,6 +160,19 @@ def _deblock(outcome: Outcome, look: Look) -> Look:
         outcome.notes.append(f"it looks blocky ({blocks.score:.2f}) but is left alone: softening leaves {left:.0%} of it")
         return look
     _accept(outcome, repaired, "blocks", asdict(blocks), 1 - 0.5 * left)
+    return look
+
+
+def _denoise(outcome: Outcome, look: Look) -> Look:
+    noise = look.noise.found()
+    if noise is None:
+        return look
+    repaired = smooth.denoised(outcome.film, noise)
+    why = smooth.prove_noise(outcome.film, repaired, noise)
+    if why:
+        outcome.notes.append(f"it looks noisy ({noise.level:.1f} levels) but is left alone: {why}")
+    else:
+        _accept(outcome, repaired, "noise", asdict(noise), 0.9)
     return look
 
 

@@ -1,9 +1,11 @@
-"""Small repairs of tone: flicker, and the edges of a codec's blocks.
+"""Small repairs: flicker, the edges of a codec's blocks, and noise.
 
 Flicker is a gain that changes from picture to picture. The gain between two pictures is the median of the ratios of their parts, so
 that what moves does not count; its running product, less what is slow in it, is the flicker. Fades are slow, cuts begin afresh, and
 a flash is too rare to be flicker. Blocks are found by the steps at every eighth column and line, beside those in between, and
-softened by a ramp over six pixels where the picture is flatter at both sides than the step.
+softened by a ramp over six pixels where the picture is flatter at both sides than the step. Noise is what changes in the calmest
+blocks of the picture, if it changes anew each time (successive differences correlate by -1/2) and from pixel to pixel: no codec
+leaves such noise. It is averaged with the neighbours in time along motion, as far as they differ by no more than noise does.
 """
 
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ from itertools import pairwise
 import cv2
 import numpy as np
 
-from data_tools.film import Film, Picture
+from data_tools.film import Film, Picture, around
 
 PARTS = (32, 18)  # columns and rows that a picture is averaged to for its gain
 BLACK = 16  # the level that a gain leaves where it is
@@ -26,6 +28,11 @@ BLOCK = 8  # pixels
 BLOCKY = 1.35  # steps at the edges of blocks over those inside, from which on edges are softened
 FELT = 0.5  # levels that they must be higher by
 CONTOUR = 30.0  # levels: higher steps are the picture's own
+NOISY = 5.0  # levels: the least deviation that is noise; less is the film's grain
+ANEW, GRAINED = -0.35, 0.25  # most correlation of noise from difference to difference, and from pixel to pixel
+WHITE, MUCH = 0.1, 1.15  # most correlation from pixel to pixel of what is taken away, and most of its deviation over the noise's
+CALM = 20  # percentile of the blocks that show the noise alone
+BESIDE = 2  # pictures before and after that are averaged
 RAMP = (1 / 16, 0.15, 0.375, -0.375, -0.15, -1 / 16)  # of the step that the pixels beside an edge are moved by
 
 
@@ -177,3 +184,101 @@ def _ramped(plane: np.ndarray, first: int) -> None:
     excess = np.where(edge, np.sign(step) * np.maximum(np.abs(step) - inside, 0), 0)
     for k, share in enumerate(RAMP, -3):
         plane[:, at + k] += share * excess
+
+
+@dataclass(frozen=True)
+class Noise:
+    """White noise: its deviation in levels, and how its differences correlate in time and from pixel to pixel."""
+
+    level: float
+    anew: float
+    grain: float
+
+
+class NoiseWatch:
+    """Measures the noise of a film's pictures in order. every: how many pictures apart it looks. Memory: two pictures."""
+
+    def __init__(self, every: int = 6):
+        self.every, self.seen, self.recent, self.looks = every, 0, [], []
+
+    def add(self, plane: np.ndarray) -> None:
+        """The next picture's luma [h w] uint8."""
+        self.recent = [*self.recent[-2:], plane]
+        self.seen += 1
+        if self.seen % self.every == 3 and min(plane.shape) >= 4 * BLOCK and self.recent[0].shape == plane.shape:
+            self.looks += _noise_of(*(part.astype(np.float32) for part in self.recent))
+
+    def found(self) -> Noise | None:
+        """The noise of the pictures so far, or None when it is little, or not in all of them."""
+        noise = self.measured()
+        clear = noise is not None and noise.level >= NOISY and noise.anew <= ANEW and noise.grain <= GRAINED
+        return noise if clear and np.percentile([look.level for look in self.looks], 10) >= NOISY / 2 else None
+
+    def measured(self) -> Noise | None:
+        """The same however little it is; None before the first look."""
+        if not self.looks:
+            return None
+        level, anew, grain = np.median([(look.level, look.anew, look.grain) for look in self.looks], 0)
+        return Noise(round(float(level), 2), round(float(anew), 3), round(float(grain), 3))
+
+
+def _noise_of(before: np.ndarray, now: np.ndarray, after: np.ndarray) -> list[Noise]:
+    """The noise of three pictures, float32 [h w]; [] when too few blocks are lit."""
+    def mean(values):
+        h, w = values.shape[0] // BLOCK, values.shape[1] // BLOCK
+        return cv2.resize(values[:h * BLOCK, :w * BLOCK], (w, h), interpolation=cv2.INTER_AREA)
+
+    first, second = now - before, after - now
+    beside = np.concatenate([first[:, 1:], first[:, -1:]], 1)
+    level, energy = mean(now), mean(first * first)
+    deviation = np.sqrt(np.maximum(energy - np.square(mean(first)), 0))
+    lit = (level > 24) & (level < 220)
+    if lit.sum() < 0.05 * lit.size:
+        return []
+    calm = lit & (deviation <= np.percentile(deviation[lit], 1.5 * CALM))
+    total = float(energy[calm].sum()) + 1e-6
+    anew = float(mean(first * second)[calm].sum()) / np.sqrt(total * (float(mean(second * second)[calm].sum()) + 1e-6))
+    return [Noise(float(np.percentile(deviation[lit], CALM)) / 2**0.5, anew, float(mean(first * beside)[calm].sum()) / total)]
+
+
+def denoised(film: Film, noise: Noise) -> Film:
+    """The film with its luma averaged along motion over BESIDE pictures before and after; where they differ by more, it stays."""
+    def calmed(pictures: Iterator[Picture]) -> Iterator[Picture]:
+        flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+        soft = ((picture, cv2.GaussianBlur(picture.y, (0, 0), 1.5)) for picture in pictures)  # motion is found with less noise
+        for (picture, blurred), held in around(soft, BESIDE):
+            others = [(other.y, flow.calc(blurred, there, None)) for other, there in held
+                      if other is not picture and other.y.shape == picture.y.shape]
+            yield picture._replace(y=_averaged(picture.y, others, noise.level))
+
+    return film.through(calmed)
+
+
+def _averaged(plane: np.ndarray, others: list[tuple[np.ndarray, np.ndarray]], level: float) -> np.ndarray:
+    """A plane averaged with others [h w], each with the motion [h w 2] to it, by how well they agree but for noise of `level`."""
+    h, w = plane.shape
+    x, y = np.arange(w, dtype=np.float32), np.arange(h, dtype=np.float32)[:, None]
+    own = plane.astype(np.float32)
+    total, weights = own.copy(), np.ones_like(own)
+    for other, motion in others:
+        moved = cv2.remap(other, motion[..., 0] + x, motion[..., 1] + y, cv2.INTER_CUBIC,
+                          borderMode=cv2.BORDER_REPLICATE).astype(np.float32)
+        excess = cv2.blur(np.square(moved - own), (7, 7)) / (2 * level**2)  # 1 where only noise differs
+        weight = np.exp(-4 * np.maximum(excess - 1, 0))
+        total += weight * moved
+        weights += weight
+    return np.clip(np.rint(total / weights), 0, 255).astype(np.uint8)
+
+
+def prove_noise(film: Film, repaired: Film, noise: Noise) -> str:
+    """Why what was taken away is not that noise alone, or "": edges and textures correlate from pixel to pixel, and are more."""
+    energy = beside = pixels = 0.0
+    for given, made in zip(film, repaired, strict=True):
+        taken = cv2.subtract(given.y, made.y, dtype=cv2.CV_32F)
+        energy += float(np.square(taken, dtype=np.float64).sum())
+        beside += float((taken[:, 1:] * taken[:, :-1]).sum(dtype=np.float64))
+        pixels += taken.size
+    deviation, alike = (energy / pixels)**0.5, beside / max(energy, 1e-9)
+    if alike > WHITE or deviation > MUCH * noise.level:
+        return f"what is taken away has a deviation of {deviation:.1f} and correlates by {alike:.2f} from pixel to pixel"
+    return ""

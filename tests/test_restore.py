@@ -121,6 +121,7 @@ def test_what_has_no_such_damage_shows_none(make):
     assert not watched(dropout.Watch(), clip).found()
     assert watched(smooth.FlickerWatch(), clip).found() is None
     assert watched(smooth.BlockWatch(), clip).found() is None
+    assert watched(smooth.NoiseWatch(), clip).found() is None
     assert not watched(wear.ScratchWatch(), clip).found() and not watched(wear.FootWatch(), clip).found()
 
 
@@ -205,6 +206,28 @@ def test_edges_of_blocks_are_softened():
     assert (blocks.column, blocks.line) == (0, 0)
     assert watched(smooth.BlockWatch(2), made).measured().score < blocks.score - 0.1
     assert psnr(made.y, clip.y) >= psnr(damaged.y, clip.y)
+
+
+def noisy(clip: Clip, level: float) -> Clip:
+    return degrade.tape(clip, 3, noise=level, chroma_noise=0, chroma_shift=0, jitter=0)
+
+
+def test_noise_is_averaged_away_and_nothing_else():
+    clip = scene(2, 18)
+    damaged = noisy(clip, 8)
+    noise = watched(smooth.NoiseWatch(), damaged).found()
+    film = smooth.denoised(from_clip(damaged), noise)
+    assert abs(noise.level - 8) < 1 and not smooth.prove_noise(from_clip(damaged), film, noise)
+    assert psnr(to_clip(film).y, clip.y) > psnr(damaged.y, clip.y) + 3
+    assert np.array_equal(to_clip(film).u, damaged.u)
+    blurred = damaged._replace(y=np.stack([damaged.y[0], *((damaged.y[1:].astype(int) + damaged.y[:-1]) // 2)]).astype(np.uint8))
+    assert smooth.prove_noise(from_clip(damaged), from_clip(blurred), noise)
+
+
+@pytest.mark.parametrize("make", [lambda clip: noisy(clip, 3), lambda clip: degrade.coded(noisy(clip, 8), 23),
+                                  lambda clip: degrade.coded(clip, 30)], ids=["grain", "coded noise", "coded"])
+def test_little_noise_and_what_a_codec_made_of_it_stay(make):
+    assert watched(smooth.NoiseWatch(), make(scene(2, 18))).found() is None
 
 
 def test_the_stage_undoes_what_came_one_upon_the_other():

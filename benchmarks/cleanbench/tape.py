@@ -1,4 +1,4 @@
-"""Ghosts, dropouts, scratches, torn feet, flicker and blocks: found and undone, beside FFmpeg's filters."""
+"""Ghosts, dropouts, scratches, torn feet, flicker, blocks and noise: found and undone, beside FFmpeg's filters."""
 
 import subprocess
 
@@ -14,7 +14,7 @@ SHARES = (0.3, 0.5, 0.7)
 
 
 def score(bench: Bench) -> list[Row]:
-    return [*_ghosts(bench), *_dropouts(bench), *_held(bench), *_worn(bench), *_flicker(bench), *_blocks(bench)]
+    return [*_ghosts(bench), *_dropouts(bench), *_held(bench), *_worn(bench), *_flicker(bench), *_blocks(bench), *_noise(bench)]
 
 
 def through_binary(clip: Clip, filters: str) -> Clip:
@@ -213,6 +213,34 @@ def _blocks(bench: Bench) -> list[Row]:
         if clips:
             setting, averages = f"{family}, mpeg2 600 kbit/s", {"deblock": mean(peers)}
             rows.append(Row("blocks", setting, "gain, dB", mean(gains), ">= 0", averages, len(clips)))
+    return rows
+
+
+def _noise(bench: Bench) -> list[Row]:
+    rows = []
+    for level in (6, 10):
+        for family in FAMILIES:
+            gains, peers = [], {"hqdn3d": [], "nlmeans": [], "atadenoise": []}
+            for k, (_, name, clip) in enumerate(bench.clips((family,), 24, 2)):
+                damaged = degrade.tape(clip, k, noise=level, chroma_noise=0, chroma_shift=0, jitter=0)
+                watch = smooth.NoiseWatch()
+                for plane in damaged.y:
+                    watch.add(plane)
+                noise, film = watch.found(), from_clip(damaged)
+                made = film if noise is None else smooth.denoised(film, noise)
+                refused = noise is not None and smooth.prove_noise(film, made, noise)
+                made = damaged if refused else to_clip(made)
+                others = {"hqdn3d": through_binary(damaged, "hqdn3d"), "nlmeans": through_binary(damaged, f"nlmeans=s={level}"),
+                          "atadenoise": through_filters(damaged, "atadenoise")}
+                before = psnr(damaged.y, clip.y)
+                gains.append(psnr(made.y, clip.y) - before)
+                for peer, other in others.items():
+                    peers[peer].append(psnr(other.y, clip.y) - before)
+                if bench.pictures and name == "bbb0" and level == 10:
+                    _show(bench.pictures / "noise_bbb0.png", damaged, others["nlmeans"], made, clip, "nlmeans")
+            if gains:
+                averages = {peer: mean(values) for peer, values in peers.items()}
+                rows.append(Row("noise", f"{level} levels, {family}", "gain, dB", mean(gains), ">= 0", averages, len(gains)))
     return rows
 
 
