@@ -35,6 +35,7 @@ class Settings:
     bits: int = 8  # of 64 in which the hashes of two pictures that are alike may differ; -1 looks for equal files and spans alone
     alike: int = 3  # of the four pictures that must be alike
     keep: str = ""  # the score whose greatest stays; empty: the longest clip, then the first id
+    same_video: bool = True  # clips of one video are compared too; false keeps all of a long shot that hardly changes
     least_change: int = 0  # bits by which some picture of a clip must differ from its first one; 0 asks for none
 
     def __post_init__(self):
@@ -61,8 +62,10 @@ def work(rows: list[Row], job: manifest.Job) -> list[Row]:
             same.join(members[0], other)
             near.join(members[0], other)
     hashes, known = _hashes(ranked)
+    video = _videos(ranked)
     for one, other in _alike(hashes, known, settings):
-        near.join_all(one, other)
+        compared = settings.same_video | (video[one] != video[other])
+        near.join_all(one[compared], other[compared])
     sizes = np.bincount([near.of(i) for i in range(len(rows))], minlength=len(rows))
     dropped = list(rows)
     for i, row in enumerate(ranked):
@@ -126,6 +129,12 @@ def _spans(row: Row) -> Iterator[tuple]:
     if row.get("video") and row.get("from_s") is not None:
         tube = re.fullmatch(r"[\w-]{11}", row["video"])  # these ids mean the same video in every list
         yield "video", None if tube else row.get("source"), row["video"], ms("from_s"), ms("to_s"), len(chosen)
+
+
+def _videos(rows: list[Row]) -> np.ndarray:
+    """A number for each row, [n]; clips of one whole video have the same."""
+    numbers: dict[tuple, int] = {}
+    return np.array([numbers.setdefault((row.get("source"), row.get("video") or row["id"]), len(numbers)) for row in rows], int)
 
 
 def _hashes(rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
@@ -192,6 +201,7 @@ def main(argv: list[str] | None = None) -> int:
                           ("least_change", "bits by which a clip's pictures must differ; 0 asks for none")):
         default = getattr(Settings, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=meaning)
+    parser.add_argument("--other-videos", dest="same_video", action="store_false", help="compare no clips of one video")
     args = parser.parse_args(argv)
     try:
         settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})

@@ -100,6 +100,11 @@ def test_near_duplicates_keep_the_best():
     rows[2]["scores"] = {"sharpness": 0.1}
     assert without_twins(rows, keep="sharpness")[rows[0]["id"]] is None
     assert set(without_twins(rows, bits=-1).values()) == {None}
+    windows = [hashed(1, noise=noise, source="film", video="one") for noise in range(3)]
+    assert sum(why is None for why in without_twins(windows).values()) == 1
+    assert set(without_twins(windows, same_video=False).values()) == {None}
+    copy = hashed(1, 9.0, source="film", video="two")
+    assert set(without_twins([*windows, copy], same_video=False).values()) == {None, f"near-duplicate (of {copy['id']})"}
     unhashed = [hashed(number, tags=tags) for number, tags in enumerate(({"phash": "zz,1,2,3"}, None, {"phash": "1"}))]
     assert set(without_twins([hashed(7), *unhashed]).values()) == {None}
     assert set(without_twins(unhashed).values()) == {None}
