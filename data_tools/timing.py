@@ -14,6 +14,7 @@ passages at low rates, is none for us either.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import cv2
@@ -71,7 +72,7 @@ class _Small:
     grey: np.ndarray  # uint8 [h w]
     plane: np.ndarray  # the same, float32
     detail: np.ndarray  # [n] squared mean slope of each cell
-    came: tuple[int, np.ndarray] | None = None  # the number of another picture, and each cell's motion from it on [n 2], pixels
+    came: tuple[int, np.ndarray] | None = None  # the number of another picture, and each cell's motion from it on
 
 
 @dataclass(eq=False)
@@ -83,16 +84,16 @@ class _Step:
     first: bool  # there is no picture before: the change is 0
     cells: np.ndarray  # [n] mean absolute change
     two: np.ndarray  # the same from the picture two before
-    motion: np.ndarray  # [n 2] of each cell, pixels
+    motion: np.ndarray  # [n 3] of each cell: across, down and how far, pixels
     pace: float = 1.0  # how far things move, beside the steps around: 1 is as far as usual
     steady: float = 0.0  # 0 to 1, how far the steps around move things the same way
     along: float = 1.0  # the change along that of a longer way around: 1 is an even share of it, 0 nothing
 
-    @property
+    @cached_property
     def change(self) -> float:
         return float(self.cells.mean()) + NOISE
 
-    @property
+    @cached_property
     def change_two(self) -> float:
         return float(self.two.mean()) + NOISE
 
@@ -152,25 +153,26 @@ def _mean(values: np.ndarray) -> np.ndarray:
 
 
 def _motion(small: _Small, before: _Small) -> np.ndarray:
-    """Mean optical flow of each cell [n 2] (DIS: Kroeger et al., arXiv 1603.03590); kept with the picture for the next to ask."""
+    """Mean optical flow of each cell [n 3] (DIS: Kroeger et al., arXiv 1603.03590); kept with the picture for the next to ask."""
     if len(small.grey) < FLOWN:
-        return np.zeros((small.detail.size, 2), np.float32)
+        return np.zeros((small.detail.size, 3), np.float32)
     if small.came is None or small.came[0] != before.number:
         search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
         search.setFinestScale(1)
-        small.came = before.number, _mean(search.calc(small.grey, before.grey, None))
+        flow = _mean(search.calc(small.grey, before.grey, None))
+        small.came = before.number, np.column_stack([flow, np.linalg.norm(flow, axis=1)])
     return small.came[1]
 
 
 def _paced(steps: Iterable[_Step]) -> Iterator[_Step]:
     """Steps with their pace and how steady it is, by where and how far things move in those before and after."""
     for step, near in around(steps, NEAR):
-        others = np.stack([other.motion for other in near if other is not step and not other.first] or [step.motion])
-        usual, way = np.median(np.linalg.norm(others, axis=2), 0), np.median(others, 0)
+        others = [other.motion for other in near if other is not step and not other.first]
+        across, down, far = np.median(others or [step.motion], 0).T
         detail = step.to.detail / (step.to.detail.sum() + NOISE)
-        speed = float(detail @ np.square(usual)) + 1e-6  # squared
-        step.pace = float(detail @ (np.linalg.norm(step.motion, axis=1) * usual)) / speed
-        step.steady = float(detail @ np.square(way).sum(1)) / speed * min(1.0, np.sqrt(speed) / SLOW)
+        speed = float(detail @ np.square(far)) + 1e-6  # squared
+        step.pace = float(detail @ (step.motion[:, 2] * far)) / speed
+        step.steady = float(detail @ (np.square(across) + np.square(down))) / speed * min(1.0, np.sqrt(speed) / SLOW)
         yield step
 
 
