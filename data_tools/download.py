@@ -38,7 +38,7 @@ FINAL = ("gone", "private")  # not asked for again
 WORDS = (("private", r"private video|video is private|members-only|join this channel"),
          ("blocked", r"in your country|not available from your location|geo.?restrict|not a bot|HTTP Error 4(03|29)"
                      r"|too many requests|rate.?limit|confirm your age|sign in"),
-         ("gone", r"video unavailable|not available|no longer available|been removed|been terminated|does not exist"
+         ("gone", r"video (is )?(unavailable|not available)|no longer available|been removed|been terminated|does not exist"
                   r"|HTTP Error 4(04|10)"))
 
 
@@ -128,7 +128,7 @@ def _fetch(command: list[str], name: str, url: str, out: Path, settings: Setting
     entry = {"video": name, "url": url, "time": datetime.now(UTC).isoformat(timespec="seconds")}
     if not re.fullmatch(r"[\w.-]{1,200}", name) or name.startswith(".") or not re.match(r"https?://", url):
         return entry | {"state": "failed", "message": "no name for a file, or no http(s) address"}
-    wanted = "/".join(kind.format(settings.height) for kind in ("bv[height<={}][ext=mp4]", "bv[height<={}]", "b[height<={}]"))
+    wanted = "/".join(kind.format(settings.height) for kind in ("bv[height<=?{}][ext=mp4]", "bv[height<=?{}]", "b[height<=?{}]"))
     target = str(out / name).replace("%", "%%") + ".%(ext)s"
     options = ["--ignore-config", "--no-playlist", "--no-progress", "--no-mtime", "--no-overwrites", "--continue", "--retries", "3"]
     try:

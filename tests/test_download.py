@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 url, target = sys.argv[-1], Path(sys.argv[sys.argv.index("--output") + 1].replace("%(ext)s", "mp4").replace("%%", "%"))
-assert sys.argv[-2] == "--" and "bv[height<=360][ext=mp4]" in sys.argv[sys.argv.index("--format") + 1]
+assert sys.argv[-2] == "--" and "bv[height<=?360][ext=mp4]" in sys.argv[sys.argv.index("--format") + 1]
 with open(target.parent.parent / "asked", "a") as asked:
     asked.write(url.rpartition("=")[2] + " ")
 said = {"priv": "Private video. Sign in if you've been granted access to this video",
@@ -89,6 +89,17 @@ def test_it_stops_where_it_is_not_welcome(place):
     with pytest.raises(ValueError, match="blocked 2 times.*not a bot"):
         fetch(place, ["bots", "bots2", "bots3"], blocks=2)
     assert asked(place) == ["bots", "bots2"]
+
+
+@pytest.mark.parametrize(("message", "state"), [
+    ("ERROR: [youtube] x: This video is not available", "gone"), ("ERROR: [generic] x: HTTP Error 404: Not Found", "gone"),
+    ("ERROR: [youtube] x: Video unavailable. This video is no longer available because the account has been terminated.", "gone"),
+    ("ERROR: [youtube] x: Private video. Sign in if you've been granted access", "private"),
+    ("ERROR: [youtube] x: HTTP Error 429: Too Many Requests", "blocked"), ("ERROR: x: Sign in to confirm your age", "blocked"),
+    ("ERROR: [youtube] x: The uploader has not made this video available in your country", "blocked"),
+    ("ERROR: [generic] x: Requested format is not available. Use --list-formats", "failed"), ("", "failed")])
+def test_what_a_message_means(message, state):
+    assert download._state(message) == state
 
 
 def test_bad_names_and_settings(place, monkeypatch):
