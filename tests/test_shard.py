@@ -214,6 +214,9 @@ def test_shards_ask_for_licences(tmp_path, capsys):
     assert shard.main([*command, "--allow", "internvid"]) == 0
     assert verify.main([str(tmp_path / "out")]) == 0
     assert "| internvid | CC-BY-NC-SA-4.0 (annotations) | 1 | no | no |" in (tmp_path / "out" / "CARD.md").read_text()
+    with pytest.raises(ValueError, match=r"shard.allow: \[internvid\]"):  # before a run works for hours
+        shard.ask(tmp_path / "m.parquet", shard.Settings())
+    shard.ask(tmp_path / "m.parquet", shard.Settings(allow=("internvid",)))
     assert licence.main([str(tmp_path / "m.parquet")]) == 1
     assert licence.main([str(tmp_path / "m.parquet"), "--allow", "internvid"]) == 0
 
