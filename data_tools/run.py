@@ -173,11 +173,8 @@ def run(cfg: Run, steps: list[Step], task: tuple[int, int] = (0, 1), again: tupl
         for step in steps:
             before = _step(cfg, step, before, out, task, step.name in again)
             for later in steps if step.number == 0 else ():
-                ask = later.stage.part("ask")
+                ask = later.stage.part("ask")  # what would end the run at last had better end it now
                 if ask:
-                    ask(before, later.settings)
-            for later in steps[1:] if step.number == 0 else ():
-                if ask := later.stage.part("ask"):  # what would end the run at last had better end it now
                     ask(before, later.settings)
         if task[0] == 0:
             _publish(out, before, steps)
