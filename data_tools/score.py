@@ -289,8 +289,8 @@ def trace(path: Path, start_s: float, end_s: float | None, wanted: list[str]) ->
 
 
 def _small(y: np.ndarray, width: int) -> np.ndarray:
-    scale = width / y.shape[1]
-    return cv2.resize(y, (width, max(round(y.shape[0] * scale), 16)), interpolation=cv2.INTER_AREA)
+    height = round(y.shape[0] * width / y.shape[1])  # of a sane shape: OpenCV's flow crashes on pictures of few lines
+    return cv2.resize(y, (width, min(max(height, 64), 4 * width)), interpolation=cv2.INTER_AREA)
 
 
 class _Flow:

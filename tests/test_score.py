@@ -182,6 +182,15 @@ def test_what_is_there_is_not_computed_again(folder, monkeypatch):
     assert opened == [["freeze"], ["exposure", "sharpness", "phash"], ["exposure", "sharpness", "phash"]]
 
 
+@pytest.mark.parametrize(("size", "frames"), [((36, 640), 12), ((640, 36), 12), ((16, 16), 12), ((98, 174), 1)])
+def test_odd_shapes_and_single_pictures_are_scored(size, frames, tmp_path):
+    degrade.encode(degrade.synth(9, frames, *size), str(tmp_path / "odd.mp4"), 20, form="mp4")
+    settings = score.Settings(("motion", "camera_shake", "exposure", "sharpness", "freeze", "logos", "phash"))
+    found = score.scored(row("odd.mp4", end_s=frames / 25), tmp_path, settings)
+    assert found["dropped"] is None and {"exposure", "sharpness"} <= set(found["scores"]) and len(found["tags"]["phash"]) == 67
+    assert ("motion" in found["scores"]) == (frames > 1)
+
+
 def test_repairs_count_by_the_pixels_that_they_made():
     def share(*edits):
         given = row(width=100, height=50, frames=100, edits=[{"step": step, "settings": json.dumps(settings), "confidence": 0.8}
