@@ -29,7 +29,7 @@ from PIL import Image
 
 from latte import video
 
-FORM = ("joined", "cut")  # reasons of rows that live on in others
+FORM = ("joined:", "cut:")  # reasons of rows that live on in others
 BINS = 32  # of a histogram
 SAMPLE = 100_000  # values of a score from which its range and quantiles are read
 SHOWN = 6  # thumbnails of a kind for a stage
