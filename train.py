@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 
 from latte import cached, checkpoint, config, diffusion, hardware, keyed, lora, memory, parallel, pipeline, plan, precision, video
+from latte.clips import left_out
 from latte.codec import VideoCodec
 from latte.data import Batch, make_loader, open_clips, table
 from latte.guard import Guard
@@ -94,8 +95,8 @@ def _train(cfg: config.Config, accelerator: Accelerator) -> int:
             if before != now:
                 log.say(f"memory.{key}: the checkpoint's {before} were converted to {now}")
         log.say(buckets)
-        for name, why in clips.dropped.items():
-            log.say(f"left out {name}: {why}")
+        for line in left_out(clips.dropped):
+            log.say(line)
         log.say(needs)
         if levers:
             log.say(levers)

@@ -165,7 +165,7 @@ def of_film(quick: bool) -> dict:
         subprocess.run([sys.executable, "-m", "data_tools.survival", str(out), "--out", str(ROOT / "docs/data/film.html"),
                         "--no-thumbnails"], cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     shape = ["stages=[{steps: 10, frames: 16, height: 64, width: 112, batch_size: 2, fps: [8]}]", "data.source=manifest",
-             f"data.path={out}/manifest.parquet", "diffusion.shift_base_tokens=16", "model.patch_size=16"]
+             f"data.path={out}/manifest.parquet", "diffusion.shift_base_tokens=16", "model.patch_size=16", "data.variants=1"]
     trained = out.parent / "film-trained"
     shutil.rmtree(trained, ignore_errors=True)
     shutil.rmtree(f"{out}-cache", ignore_errors=True)

@@ -50,13 +50,14 @@ class Settings:
     grade: str = "fast"  # of de-interlacing: fast, fine or best
     rate: str = "frame"  # what de-interlacing gives: frame or field
     overlays: bool = True  # look for bars, tickers and burned text
+    text: str = "drop"  # a clip whose burned text can be neither cropped nor filled, or leave it, where a stretch is yet to be cut
     network: str = ""  # a user's network, module:function or a command: see data_tools.networks
     crf: int = 14  # quality of written clips
     held_mib: int = 600  # decoded pictures that may be kept, twice
 
     def __post_init__(self):
         """Raises ValueError for what no clip can be cleaned with: once, not once for each clip."""
-        for name, known in (("grade", fill.GRADES), ("rate", fill.RATES)):
+        for name, known in (("grade", fill.GRADES), ("rate", fill.RATES), ("text", ("drop", "leave"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; it is one of {', '.join(known)}")
         if self.held_mib < 0:
@@ -90,7 +91,9 @@ def clean(film: Film, settings: Settings, scratch: Path | None = None) -> Outcom
     if settings.overlays:
         run("bars", bars.bars)
         run("ticker", ticker.ticker)
-        run("overlay", overlay.overlay)
+        burned = run("overlay", overlay.overlay)
+        if settings.text == "leave" and burned.dropped:
+            done.dropped = None
     if settings.network:
         kind = "function" if re.fullmatch(r"[\w.]+:\w+", settings.network) else "command"
         run("network", networks.networks, **{kind: settings.network})
@@ -273,6 +276,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1, help="processes; each keeps up to twice --held-mib of pictures")
     parser.add_argument("--timeout-s", type=float, default=3600, help="a clip that takes longer is dropped")
     for name, meaning in (("grade", "of de-interlacing: fast, fine or best"), ("rate", "what de-interlacing gives: frame or field"),
+                          ("text", "drop a clip whose burned text cannot be mended, or leave it there"),
                           ("network", "module:function or a command, see data_tools.networks"), ("crf", "quality of written clips"),
                           ("held_mib", "pictures kept in memory, MiB")):
         default = getattr(Settings, name)

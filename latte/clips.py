@@ -249,6 +249,14 @@ class FileClips:
         return to_tensor(frames[:, :, ::-1] if mirrored else frames)[0]
 
 
+def left_out(dropped: dict[str, str], most: int = 20) -> list[str]:
+    """Lines that name clips that are not used; of more than `most`, how many there are for each reason, as it begins."""
+    if len(dropped) <= most:
+        return [f"left out {name}: {why}" for name, why in dropped.items()]
+    reasons = Counter(re.split(r"[:;(]", why)[0].strip() for why in dropped.values())
+    return [f"left out {count}: {why}" for why, count in reasons.most_common(most)]
+
+
 def shape_key(shape: ShapeConfig) -> tuple:
     """Shapes with equal keys share their clips."""
     return shape.frames, shape.height, shape.width, tuple(shape.fps)

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from latte import checkpoint, config, hardware, optim, parallel, trace
+from latte.clips import left_out
 from latte.codec import VideoCodec
 from latte.config import MemoryConfig
 from latte.data import open_clips, table
@@ -346,7 +347,7 @@ def describe(cfg: config.Config, card: str = "") -> str:
     cfg.memory = found.memory
     where = card or device.type
     lines = [config.to_yaml(cfg), f"parameters: {size / 1e6:.2f} M, of which trained: {trained / 1e6:.2f} M",
-             table(clips, cfg.stages), *(f"left out {name}: {why}" for name, why in clips.dropped.items()), "",
+             table(clips, cfg.stages), *left_out(clips.dropped), "",
              *_table(found, planner, where)]
     shares = [(stage.steps * share, row) for (stage, share), row in zip(
         ((stage, share) for stage in cfg.stages for share in stage.shares), found.rows, strict=True)]

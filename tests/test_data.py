@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from latte import video
-from latte.clips import FileClips, WorldClips
+from latte.clips import FileClips, WorldClips, left_out
 from latte.config import BucketConfig, DataConfig, StageConfig, WorldConfig
 from latte.data import Schedule, make_loader, open_clips, table
 
@@ -281,3 +281,10 @@ def test_workers_recycling_and_prefetching_change_nothing(workers, recycle, pref
     got = batches(dataclasses.replace(WORLD, workers=workers, recycle_batches=recycle, prefetch=prefetch), stages, start_step=1)
     assert [b.positions for b in got] == [b.positions for b in whole[1:]]
     assert all(torch.equal(a.x, b.x) and a.captions == b.captions for a, b in zip(got, whole[1:], strict=True))
+
+
+def test_many_clips_that_are_left_out_are_counted():
+    few = {f"{n}": "no caption" for n in range(20)}
+    assert left_out(few)[0] == "left out 0: no caption" and len(left_out(few)) == 20
+    many = few | {"a": "joined: in a longer clip (0f)", "b": "motion too low (0.1)", "c": "motion too low (0.2)"}
+    assert left_out(many) == ["left out 20: no caption", "left out 2: motion too low", "left out 1: joined"]
