@@ -31,7 +31,7 @@ FLOOR = 0.05  # ratios below this say no more
 FLOWN = 32  # lines of a shrunk picture from which on flow is looked for
 SLOW = 0.07  # pixels a step, of shrunk pictures: motion below it cannot be told from the coder's
 BLUR, SPREAD, FASTEST = 0.1, 0.15, 4.0  # paces and the spread of their logs say no more below these, nor paces above the third
-APART = {-1: (2.75, -1.0), 1: (1.5, 0.0)}  # spreads by which pace may lie apart by chance, least log odds: of repeats, of jumps
+APART = {-1: (2.75, -0.5), 1: (1.5, 0.0)}  # spreads by which pace may lie apart by chance, least log odds: of repeats, of jumps
 MOST = 5.0  # log odds that pace may give
 # Weights of the log odds, tuned on procedural scenes and films that the bench does not test with
 # Change where usually most is, in most cells, in all; place between the pictures around; change along a longer way; to exceed
