@@ -403,6 +403,11 @@ class Settings:
 
     lists: list[List] = field(default_factory=list)
 
+    def __post_init__(self):
+        """Raises ValueError where there is none."""
+        if not self.lists:
+            raise ValueError("lists: name at least one, such as [{kind: folder, list: videos}]")
+
 
 class Files:
     """Video files below a folder, found by the habits of downloaders: a whole video ID.mp4, or a clip ID_START_END.mp4 with the

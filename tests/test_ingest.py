@@ -304,6 +304,8 @@ def test_several_lists_make_one_manifest(tmp_path):
     assert ingest.inputs(settings)[0][0].endswith("flt.jsonl")
     with pytest.raises(ValueError, match="gone.jsonl: no such list"):
         list(ingest.listed(ingest.Settings([ingest.List("panda", str(tmp_path / "gone.jsonl"))]), tmp_path))
+    with pytest.raises(ValueError, match="^lists: name at least one"):
+        ingest.Settings()
     for wrong, name in ((dict(kind="x"), "kind: x"), (dict(limit=-1), "limit: -1")):
         with pytest.raises(ValueError, match=name):
             ingest.List(**{"kind": "panda", "list": "l"} | wrong)
