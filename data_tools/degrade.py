@@ -337,6 +337,25 @@ def dropouts(clip: Clip, seed: int, segments: tuple[int, int] = (2, 6), share: f
     return clip._replace(y=y), mask
 
 
+def discoloured(clip: Clip, seed: int, share: float = 0.08) -> tuple[Clip, np.ndarray]:
+    """Colour lost for 1 to 3 pictures at a time, as where a tape's colour burst is: in all lines or in a part of them (0.5).
+
+    share: of the pictures at which a loss begins, never the first or last four. Also gives the mask [f h'] of chroma lines lost.
+    """
+    rng, (f, h) = keyed.rng(seed, "colour"), clip.u.shape[:2]
+    lost = np.zeros((f, h), bool)
+    k = 4
+    while k < f - 7:
+        count, part = int(rng.integers(1, 4)), rng.random() < 0.5
+        top, height = int(rng.integers(0, h // 2)), int(rng.integers(h // 3, h // 2))
+        if rng.random() < share:
+            lost[k:k + count, top if part else 0:top + height if part else h] = True
+            k += count + 3
+        k += 1
+    u, v = (np.where(lost[:, :, None], np.uint8(128), planes) for planes in (clip.u, clip.v))
+    return clip._replace(u=u, v=v), lost
+
+
 def head_switch(clip: Clip, seed: int, lines: int = 8) -> tuple[Clip, int]:
     """The band at the bottom where a helical-scan head is switched: lines pulled aside and noisy. Gives its height in lines too."""
     rng, y = keyed.rng(seed, "head"), clip.y.copy()

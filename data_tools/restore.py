@@ -1,4 +1,4 @@
-"""Restores what tapes, recorders and codecs did to a film: repeats, ghosts, dropouts, scratches, torn feet, flicker, blocks, noise.
+"""Restores what was done to a film: repeats, ghosts, dropouts, lost colour, scratches, a torn foot, flicker, blocks, noise.
 
     python -m data_tools.restore IN.mp4 --out OUT.mp4 --report R.json
 
@@ -28,7 +28,7 @@ class Look:
 
     def __init__(self, shot: tuple[int, ...] = ()):
         self.ghosts, self.losses = ghost.Watch(), dropout.Watch(shot)
-        self.scratches, self.foot = wear.ScratchWatch(), wear.FootWatch()
+        self.scratches, self.foot, self.colour = wear.ScratchWatch(), wear.FootWatch(), wear.ColourWatch()
         self.gains, self.blocks, self.noise = smooth.FlickerWatch(), smooth.BlockWatch(), smooth.NoiseWatch()
 
     def again(self, film: Film) -> "Look":
@@ -42,7 +42,7 @@ class Look:
         """The same pictures, looked at as they pass."""
         for picture in pictures:
             for watch in vars(self).values():
-                watch.add(picture.y)
+                watch.add(picture if watch is self.colour else picture.y)
             yield picture
 
     def trace(self) -> dict:
@@ -72,7 +72,7 @@ def restore(film: Film, shot: tuple[int, ...] = ()) -> Outcome:
         _accept(outcome, timing.repair(film, times), "repeats", {"left out": int(times.duplicate.sum())},
                 float(np.mean(1 / (1 + np.exp(-score)))))
         look = Look().again(outcome.film)  # pictures are missing now: whose lines were shot is no longer known
-    for step in (_deghost, _fill, _unscratch, _cut, _steady, _deghost, _deblock, _denoise):  # a ghost may be hidden at first
+    for step in (_deghost, _fill, _colour, _unscratch, _cut, _steady, _deghost, _deblock, _denoise):  # a ghost may be hidden
         look = step(outcome, look)
     outcome.verdict = "+".join(edit.step for edit in outcome.edits) or "nothing"
     if outcome.edits:
@@ -109,6 +109,19 @@ def _fill(outcome: Outcome, look: Look) -> Look:
         return look
     confidence = 1 - after.losses.parts / look.losses.parts
     _accept(outcome, repaired, "dropouts", {"pictures": look.losses.damaged, "parts": look.losses.parts}, confidence)
+    return after
+
+
+def _colour(outcome: Outcome, look: Look) -> Look:
+    grey = look.colour.found()
+    if not grey:
+        return look
+    repaired = wear.coloured(outcome.film, grey)
+    after = look.again(repaired)
+    if after.colour.found():
+        outcome.notes.append(f"{len(grey)} pictures seem to have lost colour but are left: filling does not end it")
+        return look
+    _accept(outcome, repaired, "colour", {"pictures": grey}, 0.9)
     return after
 
 

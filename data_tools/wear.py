@@ -1,8 +1,9 @@
-"""Wear of film and tape that stays: upright scratches that wander, and the torn lines at the foot of a tape's picture.
+"""Wear of film and tape: upright scratches that wander, the torn lines at the foot of a tape's picture, and colour that drops out.
 
 A scratch is a ridge of a few columns and of one level from top to bottom whose place goes to and fro from picture to picture; a
 line that stands still, or moves one way as the scene does, is the scene's. The lines below the place where a helical-scan machine
 changes heads are far rougher from column to column than those above, in every picture, and nothing of the scene can be had back.
+Colour drops out where a few pictures, or parts of them, are grey between coloured ones of which luma goes on unchanged.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from data_tools.film import Film, Picture
+from data_tools.film import Film, Picture, around
 
 STANDS_OUT = 12  # levels of a scratch over or under the columns BESIDE away
 BESIDE = 3  # columns; a scratch is narrower
@@ -23,6 +24,11 @@ REACH = 4  # columns that it moves at most between two pictures
 ROUGHER = 2.5  # lines at the foot over those above, by how rough they are from column to column, and ROUGH_LEVELS more
 ROUGH_LEVELS = 6.0
 RESTLESS = 0.4  # least change of the foot from look to look, as a share of how rough it is: letters stay
+BANDS = 16  # of lines, in which colour is measured
+GREY, COLOURED = 3.0, 9.0  # levels from grey, on average, at most where colour dropped out, and at least before and after
+LIKE = 1.5  # the most that the colour before and after may differ, as a ratio
+STEADY = 16.0  # levels that luma changes at most from picture to picture meanwhile
+LONGEST = 4  # pictures without colour
 FOOT = 1 / 16  # share of the lines that the foot can be at most
 
 
@@ -140,3 +146,73 @@ def footless(film: Film, lines: int) -> Film:
         return (picture.each(lambda plane: plane[:-(-len(plane) * (height - gone) // height)]) for picture in pictures)
 
     return film.through(cut, height=height - gone)
+
+
+class ColourWatch:
+    """Measures the colour of a film's pictures in order. Memory: a few numbers a picture."""
+
+    def __init__(self):
+        self.colour, self.steps, self.last = [], [], None
+
+    def add(self, picture: Picture) -> None:
+        """The next picture."""
+        def bands(plane):
+            return cv2.resize(plane, (1, BANDS), interpolation=cv2.INTER_AREA)[:, 0]
+
+        self.colour.append(sum(bands(cv2.absdiff(plane[:, ::4], 128)).astype(np.float32) for plane in (picture.u, picture.v)))
+        small = cv2.resize(picture.y[:, ::4], (2 * BANDS, BANDS), interpolation=cv2.INTER_AREA).astype(np.float32)
+        self.steps.append(np.abs(small - (small if self.last is None else self.last)).mean(1))
+        self.last = small
+
+    def found(self) -> list[int]:
+        """The numbers of the pictures that lost colour, in all their lines or in some."""
+        out: set[int] = set()
+        colour, steps = np.array(self.colour), np.array(self.steps)
+        for band in range(BANDS if len(colour) else 0):
+            grey = colour[:, band] <= GREY
+            ends = np.flatnonzero(np.diff(np.pad(grey, 1).astype(np.int8)))
+            for first, last in zip(ends[::2], ends[1::2], strict=True):
+                if first > 0 and last < len(grey) and last - first <= LONGEST:
+                    least, most = sorted((colour[first - 1, band], colour[last, band]))
+                    if least >= COLOURED and most <= LIKE * least and steps[first:last + 1, band].max() <= STEADY:
+                        out.update(range(int(first), int(last)))
+        return sorted(out)
+
+
+def coloured(film: Film, grey: list[int]) -> Film:
+    """The film with the lines without colour of these pictures filled from the nearest ones before and after, along motion."""
+    def filled(pictures: Iterator[Picture]) -> Iterator[Picture]:
+        flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+        for (number, picture), held in around(enumerate(pictures), LONGEST):
+            good = [each for each in held if each[0] not in grey]
+            nearest = [max((each for each in good if each[0] < number), default=None, key=lambda each: each[0]),
+                       min((each for each in good if each[0] > number), default=None, key=lambda each: each[0])]
+            if number in grey and None not in nearest:
+                picture = _recoloured(picture, [other for _, other in nearest], flow)
+            yield picture
+
+    return film.through(filled)
+
+
+def _recoloured(picture: Picture, others: list[Picture], flow) -> Picture:
+    """A picture with the chroma of others in its grey lines."""
+    h, w = picture.u.shape
+    x, y = np.arange(w, dtype=np.float32), np.arange(h, dtype=np.float32)[:, None]
+    sides, weights = [], []
+    for other in others:
+        motion = cv2.resize(flow.calc(picture.y, other.y, None), (w, h), interpolation=cv2.INTER_AREA)
+        motion *= np.float32([w / picture.y.shape[1], h / picture.y.shape[0]])
+        place = motion[..., 0] + x, motion[..., 1] + y
+        luma, u, v = (cv2.remap(part, *place, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE).astype(np.float32)
+                      for part in (cv2.resize(other.y, (w, h), interpolation=cv2.INTER_AREA), other.u, other.v))
+        off = luma - cv2.resize(picture.y, (w, h), interpolation=cv2.INTER_AREA)
+        weights.append(1 / (cv2.blur(off * off, (7, 7)) + 4))
+        sides.append((u, v))
+    made = [sum(weight * side[k] for weight, side in zip(weights, sides, strict=True)) / sum(weights) for k in (0, 1)]
+
+    def by_line(planes):
+        return sum(np.abs(np.asarray(plane, np.float32) - 128).mean(1) for plane in planes)
+
+    grey = (by_line(picture[1:3]) <= np.maximum(GREY, 0.15 * by_line(made)))[:, None]
+    u, v = (np.where(grey, np.rint(plane).astype(np.uint8), given) for plane, given in zip(made, picture[1:3], strict=True))
+    return picture._replace(u=u, v=v)

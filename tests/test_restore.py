@@ -175,6 +175,37 @@ def test_scratches_that_wander_are_filled_and_still_lines_are_not():
     assert not watched(wear.ScratchWatch(), still).found()
 
 
+def test_lost_colour_comes_from_the_pictures_around():
+    clip = scene(1)
+    damaged, lost = degrade.discoloured(clip, 2, 0.15)
+    watch = wear.ColourWatch()
+    for picture in from_clip(damaged):
+        watch.add(picture)
+    made = to_clip(wear.coloured(from_clip(damaged), watch.found()))
+    mask = np.broadcast_to(lost[:, :, None], clip.u.shape)
+    assert watch.found() == np.flatnonzero(lost.any(1)).tolist()
+    assert psnr(made.u, clip.u, mask) > psnr(damaged.u, clip.u, mask) + 10
+    assert np.array_equal(made.u[~mask], clip.u[~mask]) and np.array_equal(made.y, clip.y)
+    assert restore(from_clip(damaged)).verdict == "colour"
+
+
+def greyed(clip: Clip) -> Clip:
+    return clip._replace(u=clip.u // 64 + 127, v=clip.v // 64 + 127)
+
+
+def with_a_grey_shot(clip: Clip) -> Clip:
+    parts = clip.take(slice(0, 20)), greyed(scene(7)).take(slice(0, 2)), clip.take(slice(20, 40))
+    return Clip(*(np.concatenate(planes) for planes in zip(*parts, strict=True))).timed(25)
+
+
+@pytest.mark.parametrize("make", [lambda clip: clip, greyed, with_a_grey_shot], ids=["coloured", "grey", "a grey shot"])
+def test_colour_that_was_never_there_is_not_lost(make):
+    watch = wear.ColourWatch()
+    for picture in from_clip(make(scene(1))):
+        watch.add(picture)
+    assert not watch.found()
+
+
 def test_a_torn_foot_is_cut_off_to_an_even_number_of_lines():
     clip = scene()
     damaged, lines = degrade.head_switch(clip, 1, 7)

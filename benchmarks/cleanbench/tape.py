@@ -1,4 +1,4 @@
-"""Ghosts, dropouts, scratches, torn feet, flicker, blocks and noise: found and undone, beside FFmpeg's filters."""
+"""Ghosts, dropouts, scratches, torn feet, lost colour, flicker, blocks and noise: found and undone, beside FFmpeg's filters."""
 
 import subprocess
 
@@ -14,7 +14,8 @@ SHARES = (0.3, 0.5, 0.7)
 
 
 def score(bench: Bench) -> list[Row]:
-    return [*_ghosts(bench), *_dropouts(bench), *_held(bench), *_worn(bench), *_flicker(bench), *_blocks(bench), *_noise(bench)]
+    parts = _ghosts, _dropouts, _held, _worn, _colour, _flicker, _blocks, _noise
+    return [row for part in parts for row in part(bench)]
 
 
 def through_binary(clip: Clip, filters: str) -> Clip:
@@ -162,6 +163,29 @@ def _worn(bench: Bench) -> list[Row]:
         feet.append(foot.found() == lines)
     return [Row("scratches", "all", "PSNR inside, dB", mean(after), f"> {mean(before):.1f}", clips=len(clips)),
             Row("foot", "all", "exact number of lines", mean(feet), "1", clips=len(clips))]
+
+
+def _colour(bench: Bench) -> list[Row]:
+    rows = []
+    for crf in (None, 20):
+        scores, before, after = [], [], []
+        clips = list(bench.clips(FAMILIES, 48, 2))
+        for k, (_, _, clip) in enumerate(clips):
+            damaged, lost = degrade.discoloured(clip, k, 0.15)
+            damaged = degrade.coded(damaged, crf) if crf else damaged
+            watch = wear.ColourWatch()
+            for picture in from_clip(damaged):
+                watch.add(picture)
+            found = np.isin(np.arange(len(clip.y)), watch.found())
+            made = to_clip(wear.coloured(from_clip(damaged), watch.found()))
+            mask = np.broadcast_to(lost[:, :, None], clip.u.shape)
+            scores.append(f1(found, lost.any(1)))
+            before.append(psnr(damaged.u, clip.u, mask))
+            after.append(psnr(made.u, clip.u, mask))
+        setting = f"crf {crf}, all" if crf else "clean, all"
+        rows += [Row("colour", setting, "F1 of pictures", mean(scores), ">= 0.9", clips=len(clips)),
+                 Row("colour", setting, "PSNR of u where lost, dB", mean(after), f"> {mean(before):.1f}", clips=len(clips))]
+    return rows
 
 
 def _flicker(bench: Bench) -> list[Row]:
