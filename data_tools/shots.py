@@ -170,6 +170,7 @@ def rgb(thumbs: np.ndarray) -> np.ndarray:
 
 def work(rows: list[manifest.Row], job: manifest.Job) -> list[manifest.Row]:
     """The rows with their `transitions`; one whose film cannot be read is dropped."""
+    _detector(job.settings.detector)  # loads torch, if it is needed, before its threads are counted
     return [row | looked(job.out / row["path"], row, job.settings) for row in rows]
 
 
