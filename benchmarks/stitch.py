@@ -26,7 +26,7 @@ from cleanbench.common import FOOTAGE, Row  # noqa: E402
 from peer import facts, table, write  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from data_tools import degrade, film, join, stitch  # noqa: E402
+from data_tools import degrade, film, join, shots, stitch  # noqa: E402
 from data_tools.film import Clip  # noqa: E402
 from latte import keyed  # noqa: E402
 
@@ -120,13 +120,13 @@ def scenes(seed: int, count: int) -> list[tuple[str, Clip]]:
 
 
 def span(path: Path, start_s: float, frames: int) -> Clip | None:
-    """So many pictures from there, made small; None where they are a tenth fewer, hold a cut or hardly move."""
+    """So many pictures from there, made small; None where they are a tenth fewer, hold a change of shot or hardly move."""
     pictures = film.to_clip(film.read(path, start_s, start_s + 5), frames)
     w = min(WIDTH, pictures.y.shape[2])
     small = sized(pictures, round(pictures.y.shape[1] * w / pictures.y.shape[2] / 2) * 2, w)
     change = np.abs(np.diff(small.y.astype(np.int16), axis=0)).mean((1, 2))
-    cut = change.max() > 3 * np.median(change) + 2
-    return None if len(change) < 0.9 * frames or cut or np.percentile(change, 10) < 0.3 else small
+    few = len(change) < 0.9 * frames or np.percentile(change, 10) < 0.3
+    return None if few or change.max() > 3 * np.median(change) + 2 or shots.analyse(film.from_clip(small)) else small
 
 
 def sized(clip: Clip, h: int, w: int) -> Clip:

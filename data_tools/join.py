@@ -9,7 +9,7 @@ level and colour at a change of exposure. A join is made on all of this evidence
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +28,7 @@ SLACK_S, ROOM_S = 0.5, 1.0  # by which listed times may be wrong; what is read b
 SAME = 0.6  # the same picture twice differs by less than this share of what neighbours do
 TIE, CODING = 1.25, 9.0  # where nothing moves, the listed place may differ by so much more than the best, and by so many levels
 NEAR = 2.5  # steps that pieces may be listed apart, or over each other, without the same picture in both
+UNEVEN = 0.5  # steps, deviation of those around the join: more tells nothing
 STEPS = 0.47  # steps of the motion that a join may be more or less than one
 SLOW, STILL = 1.0, 0.04  # pixels a step: below, longer ways are measured too; below, motion tells nothing
 HELD = 0.2  # steps: a picture that moves by less, beside others that move, is held
@@ -58,19 +59,19 @@ class Join(NamedTuple):
 Span = tuple[Path, float, float]  # a file, from, to, in seconds of it
 
 
-def between(before: Span, after: Span, overlap_s: float) -> Join:
+def between(before: Span, after: Span, later_s: float) -> Join:
     """Whether the film of one span goes on in that of another, and where.
 
-    overlap_s: how much of the first one's end should be in the second by what was listed, below 0 for a gap; right to SLACK_S.
-    Raises ValueError naming a file that cannot be read.
+    later_s: how long after the first span's beginning the second one begins by what was listed, right to SLACK_S. Raises
+    ValueError naming a file that cannot be read.
     """
     path, start, end = before
-    back = max(overlap_s, 0.0) + SLACK_S + ROOM_S
-    from_s = max(start, end - back) if np.isfinite(end) else start
-    last = edge(films.read(path, from_s, end, from_zero=False), 2 * HEAD + round(back * 60))
+    begins = start + later_s
+    last = edge(films.read(path, max(start, begins - SLACK_S - ROOM_S), end, from_zero=False))
     path, start, end = after
     first = edge(films.read(path, start, min(end, start + SLACK_S + ROOM_S), from_zero=False))
-    return judge(last, first, overlap_s)
+    step = float(np.median(np.diff(last.at_s))) if len(last.at_s) > 1 else 0.0
+    return judge(last, first, last.at_s[-1] + step - begins)
 
 
 def edge(pictures: Iterable[Picture], limit: int | None = None) -> Edge:
@@ -90,7 +91,10 @@ def _shrunk(picture: Picture) -> tuple[np.ndarray, np.ndarray, float]:
 
 
 def judge(before: Edge, after: Edge, overlap_s: float) -> Join:
-    """The verdict on the last pictures of a film and the first ones of another; see `between`."""
+    """The verdict on the last pictures of a film and the first ones of another.
+
+    overlap_s: how much of the first one should be in the second, below 0 for a gap; right to SLACK_S.
+    """
     if before.y.shape[1:] != after.y.shape[1:]:
         return Join("pictures of another size")
     if min(len(before.y), len(after.y)) < SIDE + 1:
@@ -120,18 +124,25 @@ def _same(before: Edge, after: Edge, overlap: float) -> Join | None:
     if not near.any():
         return None
     best = int(places[near][np.argmin(mean[near])])
-    clear = mean[best] <= SAME * usual and mean[best] <= SAME * min(mean[max(best - 1, 0):best + 2][[0, -1]].max(), np.inf)
+    clear = (mean[best] <= SAME * usual and _stands_out(mean, best, 1, max)) or any(
+        best + far < n and _stands_out(mean, best, far, min) for far in (2, 4))  # the latter in slow motion
     if not clear:
         if not (0 <= listed < n and mean[listed] <= min(CODING, TIE * mean[best] + 1)):
             return None
         best = listed
     count = min(m, n - best)
     apart = np.abs(before.levels[best:best + count] - after.levels[:count]).max(1)
-    measures = {"same": mean[best] / (SAME * usual) if clear else mean[best] / CODING,
-                "worst": np.diagonal(table, -best)[:count].max() / (2 * mean[best] + CODING), "level": np.median(apart) / LEVEL[1]}
+    measures = {"same": mean[best] / max(CODING, SAME * usual), "level": np.median(apart) / LEVEL[1],
+                "worst": np.diagonal(table, -best)[:count].max() / (2 * mean[best] + CODING)}
     at = count // 2 if count < m else m // 2
     return _verdict("the same pictures differ", measures, (before.at_s[best + at] + before.at_s[min(best + at + 1, n - 1)]) / 2,
                     after.at_s[at + 1], before.at_s[best + at] - after.at_s[at])
+
+
+def _stands_out(mean: np.ndarray, best: int, far: int, of: Callable[[float, float], float]) -> bool:
+    """Whether the difference at a place is small beside those `far` pictures before and after it."""
+    first, last = mean[max(best - far, 0)], mean[min(best + far, len(mean) - 1)]
+    return mean[best] <= SAME * of(first, last)
 
 
 def _differs(a: np.ndarray, b: np.ndarray) -> float:
@@ -173,6 +184,7 @@ def _next(before: Edge, after: Edge, first: int, step_s: float) -> Join:
     if speed > STILL:
         gone = [_along(step.flow, usual) for step in steps]
         measures["held"] = HELD / max(min(gone[:here] + gone[here + 1:]), 1e-3)
+        measures["uneven"] = float(np.std(gone[:here] + gone[here + 1:])) / UNEVEN
         far = gone[here]
         if speed < SLOW:  # less than the codec's noise: ways over the join of two steps and three, less what is not the join
             ways = [_along(_step(flows, y[here - i], y[here + 1 + j]).flow, usual) - i - j for i, j in ((1, 0), (0, 1), (1, 1))]

@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_tools import film as films
-from data_tools import join, manifest, timing
+from data_tools import join, manifest, shots, timing
 from data_tools.film import TICKS, Film, Picture
 from data_tools.manifest import Job, Row
 from data_tools.stage import Edit
@@ -35,6 +35,7 @@ from latte.video import EPS_S
 VERSION = "1"
 SPOKEN_S = 2.0  # a listed clip with so much, or half of itself or of the clip, in a picked clip lends it its caption
 EVEN_S = 0.001  # by which times in a file may be rounded
+AROUND_S = 2.0  # of a joined film around a join where changes of shot are looked for: each file holds but a half of them
 ROOM_S = 0.2  # by which files that touch may be listed apart
 
 
@@ -61,6 +62,7 @@ class Settings:
     jitter: float = 0.5  # most that a frame may be off its time, in steps of the source's pictures
     join: bool = True  # neighbouring files are looked at
     crf: int = 8  # quality of joined files, 0 is lossless; they are an intermediate
+    detector: str = "cascade"  # of changes of shot around a join, as of data_tools.shots
 
     def __post_init__(self):
         if not 0 < self.fps <= 240:
@@ -70,6 +72,7 @@ class Settings:
         if not 0 < self.jitter <= 2:
             raise ValueError(f"jitter: must be above 0 and at most 2 steps, got {self.jitter}")
         films.check_crf(self.crf)
+        shots.Settings(self.detector)
 
 
 def group(row: Row) -> str:
@@ -234,7 +237,7 @@ def _joins(before: Row, after: Row, folder: Path) -> join.Join | None:
         return None
     spans = ((folder / row["path"], row.get("start_s") or 0.0, row.get("end_s") or math.inf) for row in (before, after))
     try:
-        return join.between(*spans, before["to_s"] - after["from_s"])
+        return join.between(*spans, after["from_s"] - before["from_s"])
     except (ValueError, OSError):  # which of the two it is, is said when its own frames are looked for
         return None
 
@@ -250,7 +253,8 @@ def _joined(chain: list[Row], joins: list[join.Join], job: Job) -> tuple[Row, Fi
     settings = {"crf": job.settings.crf, "pieces": [asdict(piece) for piece in pieces]}
     edit = Edit("stitch", settings, min(found.confidence for found in joins))
     key = hashlib.sha256(json.dumps(["stitch", VERSION, settings], sort_keys=True).encode()).hexdigest()
-    changes = [change for row, piece in zip(chain, pieces, strict=True) for change in _moved(row, piece)]
+    changes = [shots.Segment(**change) for row, piece in zip(chain, pieces, strict=True) for change in _moved(row, piece)]
+    changes = [asdict(change) for change in shots.merged(changes + _across(pieces, job))]
     looked = all(row.get("transitions") is not None for row in chain)
     end = chain[-1].get("end_s")
     row = _merged(chain) | {"id": key, "path": f"clips/{key}.mp4", "transitions": changes if looked else None, "start_s": 0.0,
@@ -263,6 +267,18 @@ def _moved(row: Row, piece: Piece) -> list[dict[str, Any]]:
     """The transitions of what a piece takes of its file, at the joined film's times."""
     return [change | {name: change[name] + piece.shift_s for name in ("from_s", "to_s")} for change in row.get("transitions") or []
             if change["to_s"] > piece.start_s and change["from_s"] < (piece.end_s or math.inf)]
+
+
+def _across(pieces: list[Piece], job: Job) -> list[shots.Segment]:
+    """The changes of shot that show where both sides of a join are seen."""
+    found = []
+    for before, after in itertools.pairwise(pieces):
+        end = after.start_s + AROUND_S
+        near = [replace(before, start_s=max(before.start_s, before.end_s - AROUND_S)),
+                replace(after, end_s=end if after.end_s is None else min(after.end_s, end))]
+        with shots.one_thread():
+            found += shots.analyse(joined(near, job.out), job.settings.detector)
+    return found
 
 
 def written(edit: Edit) -> dict[str, Any]:
@@ -299,8 +315,8 @@ def _from_row(row: Row, job: Job) -> list[Row]:
 
 def _from_chain(chain: list[Row], joins: list[join.Join], job: Job) -> list[Row]:
     """The clips of files that are one film, which is written if it has any."""
-    row, film = _joined(chain, joins, job)
     try:
+        row, film = _joined(chain, joins, job)
         clips, why = _clips(row, film, job.settings)
         if clips and not (job.out / row["path"]).exists():
             films.write(job.out / row["path"], film, job.settings.crf)
@@ -396,7 +412,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="the manifest to write, in the same folder; files go to clips beside it")
     parser.add_argument("--gather", action="store_true", help="only make one row of spans that touch in one file")
     for name, meaning in (("fps", "frames a second"), ("jitter", "most that a frame may be off, in steps of the source"),
-                          ("crf", "quality of joined files, 0 is lossless")):
+                          ("crf", "quality of joined files, 0 is lossless"), ("detector", "of shots around joins")):
         default = getattr(Settings, name)
         parser.add_argument(f"--{name}", type=type(default), default=default, help=meaning)
     parser.add_argument("--frames", type=int, nargs="+", default=list(Settings.frames), help="of clips, the greatest first")
@@ -405,7 +421,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.out.resolve().parent != args.source.resolve().parent:
             raise ValueError(f"--out: name a manifest in {args.source.resolve().parent}, where the paths of its rows start")
-        settings = Settings(args.fps, tuple(args.frames), args.jitter, args.join, args.crf)
+        settings = Settings(args.fps, tuple(args.frames), args.jitter, args.join, args.crf, args.detector)
         rows = manifest.read(args.source)
         live, done = [row for row in rows if not row["dropped"]], [row for row in rows if row["dropped"]]
         if args.gather:

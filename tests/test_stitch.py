@@ -125,7 +125,7 @@ def test_files_that_touch_or_overlap_are_one_film(tmp_path, scene):
     rows = [row(str(i), piece(tmp_path, f"{i}.mp4", scene.take(slice(a, b)), 18 + 4 * i), a / 25, b / 25)
             for i, (a, b) in enumerate(cuts)]
     rows[1]["transitions"] = [{"kind": "cut", "from_s": 1.2, "to_s": 1.24, "confidence": 1.0}]  # 110 | 111 of the scene
-    job = Job(tmp_path, stitch.Settings())
+    job = Job(tmp_path, stitch.Settings(detector="rules"))
     out = stitch.work(rows, job)
     whole = next(made for made in out if (made["dropped"] or "").startswith("cut: into"))
     assert {made["id"]: made["dropped"] for made in out if made["dropped"]} == {
@@ -163,7 +163,7 @@ def test_what_is_not_one_film_is_not_joined(tmp_path, scene, other, wrong):
         times = (3.0, 5.4)
     rows = [row("0", piece(tmp_path, "0.mp4", scene.take(slice(0, 50))), 0.0, 2.0),
             row("1", piece(tmp_path, "1.mp4", second), *times)]
-    out = stitch.work(rows, Job(tmp_path, stitch.Settings(join=wrong != "turned off")))
+    out = stitch.work(rows, Job(tmp_path, stitch.Settings(join=wrong != "turned off", detector="rules")))
     assert len(out) == 4 and not (tmp_path / "clips").exists()
     assert {made["path"] for made in live(out)} == {"0.mp4", "1.mp4"}
     assert [part["id"] for made in live(out) for part in made["parts"]] == ["0", "1"]
@@ -188,7 +188,7 @@ def test_reasons_are_true(tmp_path, scene):
             row("unseen", "short.mp4", 0.0, 1.2, video="c", transitions=None),
             row("whole", piece(tmp_path, "whole.mp4", scene.take(slice(0, 60))), 0.0, 2.4)
             | {"video": None, "from_s": None, "to_s": None}]
-    out = {made["id"]: made for made in stitch.work(rows, Job(tmp_path, stitch.Settings()))}
+    out = {made["id"]: made for made in stitch.work(rows, Job(tmp_path, stitch.Settings(detector="rules")))}
     assert out["short"]["dropped"] == "too short (1.2 s)"
     assert out["text"]["dropped"].startswith("cannot be read (cannot be opened as a video")
     assert out["gone"]["dropped"] == "cannot be read (no such video file)"
@@ -219,3 +219,12 @@ def test_the_commands(tmp_path, scene, capsys):
     assert "1 clips in, 1 out" in capsys.readouterr().out
     assert stitch.main([str(tmp_path / "in.parquet"), str(tmp_path / "x" / "out.parquet")]) == 1
     assert "error: --out: name a manifest in" in capsys.readouterr().err
+
+
+def test_a_dissolve_that_two_files_share_is_in_no_clip(tmp_path, scene, other):
+    both, (mixed,) = degrade.edited([scene.take(slice(0, 70)), other], ["dissolve"], 3)
+    middle = (mixed.first + mixed.last) // 2
+    rows = [row("0", piece(tmp_path, "0.mp4", both.take(slice(0, middle))), 0.0, middle / 25),
+            row("1", piece(tmp_path, "1.mp4", both.take(slice(middle, None))), middle / 25, len(both.y) / 25)]
+    clips = live(stitch.work(rows, Job(tmp_path, stitch.Settings(frames=(16, 8, 4)))))
+    assert clips and not any(made["from_s"] < (mixed.last - 1) / 25 and made["to_s"] > (mixed.first + 2) / 25 for made in clips)
