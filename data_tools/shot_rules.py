@@ -343,8 +343,8 @@ def panned(block: Block, first: int, last: int) -> bool:
     """Whether pictures first .. last - 1 are of a camera that was swung: in the middle of it each is the one before, moved far."""
     moves = [_moved(block.thumbs[at - 1, ..., 0], block.thumbs[at, ..., 0]) for at in range(first, last + 1)]
     swung = [i for i, (_, way) in enumerate(moves) if abs(way) > 3]
-    if sum(abs(way) for _, way in moves) < SIDES[1] / 2 or len(swung) < 3:
-        return False
+    if len(swung) < 3 or abs(sum(moves[i][1] for i in swung)) < max(SIDES[1] / 2, sum(abs(moves[i][1]) for i in swung)):
+        return False  # hardly moved, or to and fro
     aside = (swung[-1] - swung[0] + 3) // 4  # where it starts and stops, blur changes
     return all(moves[i][0] < 0.6 * max(block.spread[first + i], 4.0) for i in range(swung[0] + aside, swung[-1] + 1 - aside))
 
