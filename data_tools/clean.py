@@ -33,7 +33,7 @@ import torch
 from pebble import ProcessExpired, ProcessPool  # of the extra [data]; a worker that dies or hangs costs one clip
 from tqdm import tqdm
 
-from data_tools import bars, fill, manifest, networks, overlay, probe, restore, stage, ticker
+from data_tools import bars, fill, ingest, manifest, networks, overlay, probe, restore, stage, ticker
 from data_tools import film as films
 from data_tools.deinterlace import deinterlace
 from data_tools.film import Film
@@ -165,15 +165,15 @@ def work(rows: list[Row], job: Job) -> list[Row]:
 
 
 def listed(folder: Path) -> list[dict[str, Any]]:
-    """A row for every file below `folder` that is named like a video, with its caption if one lies beside it; not looked into."""
+    """A row for every video file below `folder`, with what data_tools.ingest finds beside it for a caption; not looked into."""
     rows = []
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES):
-        name, beside = path.relative_to(folder).as_posix(), path.with_suffix(".txt")
-        caption = beside.read_text(errors="replace").strip() if beside.is_file() else ""
-        digest = _sha256(path)
+    for name, about in ingest.videos(folder):
+        told = about if isinstance(about, dict) else {}  # words that cannot be read are no reason to leave a film uncleaned
+        caption = str(told.get("caption") or told.get("text") or "").strip()
+        digest = _sha256(folder / name) if (folder / name).is_file() else None
         rows.append({"id": hashlib.sha256(f"{digest} {name}".encode()).hexdigest(), "source": folder.resolve().name,
-                     "source_id": name, "path": name, "caption": caption or None, "caption_source": "file" if caption else None,
-                     "edits": [], "scores": {}, "sha256": digest})
+                     "source_id": name, "path": digest and name, "caption": caption or None, "edits": [], "scores": {},
+                     "caption_source": "file" if caption else None, "sha256": digest, "dropped": None if digest else "no file"})
     return rows
 
 
