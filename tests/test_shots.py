@@ -122,7 +122,7 @@ def test_memory_does_not_grow_with_the_film():
         tracemalloc.stop()
         return most
 
-    assert peak(3000) < 1.1 * peak(1500) < 60 * 2**20
+    assert peak(2200) < 1.1 * peak(1100) < 60 * 2**20
 
 
 def test_overlapping_finds_are_one():
