@@ -89,12 +89,15 @@ def scored(film: Film) -> tuple[Found | None, float]:
     place, value = chosen(candidates(looks), film.kind.height, _heads()["comb"])
     if place is None:
         return None, value
-    comb = located(kept, looks, place, value)
-    if comb.score < 0:
-        return None, comb.score
-    left, misfit = tried(kept[::-(-len(kept) // TRIALS)], place, comb)
-    comb = replace(comb, left=left, misfit=misfit)
-    return (comb, comb.score) if comb.fits or value > CERTAIN else (None, 0.0)
+    combs = []
+    for likelier in (True, False) if place >= LEAST_UP else (True,):  # shrunk or enlarged: where that does not fit, the other may
+        comb = located(kept, looks, place, value, likelier)
+        if comb.score >= 0:
+            left, misfit = tried(kept[::-(-len(kept) // TRIALS)], place, comb)
+            combs.append(replace(comb, left=left, misfit=misfit))
+            if combs[-1].fits:
+                return combs[-1], comb.score
+    return (combs[0], combs[0].score) if value > CERTAIN else (None, min(value, 0.0))
 
 
 class Moment(NamedTuple):
@@ -328,16 +331,17 @@ def weighed(features: np.ndarray, head: dict) -> np.ndarray:
 
 # Where the comb comes from
 
-def located(kept: list[Moment], looks: list[Look], place: float, value: float) -> Found:
+def located(kept: list[Moment], looks: list[Look], place: float, value: float, likelier: bool = True) -> Found:
     """The scale, offset, order and kernel behind a carrier near `place` cycles a line, whose log odds are `value`.
 
+    likelier: whether of the two scales that such a carrier may come from, below 1 and above, it is the one that more speaks for.
     Woven pictures have an even number of lines; of those that the carrier allows, that is taken which was moved least.
     """
     lines, sums = looks[0].lines, envelope(looks, place)
     exact, first = carrier(sums, place)
     strength = amplitude(kept, exact, first)
-    sure = 1.0 if exact < 0.3 else 0.0  # a scale of 2/3 taken for one of 2 does harm, the reverse does not
-    up = exact >= LEAST_UP and upscaled(kept, exact, strength) > sure
+    sure = 2.0 if exact < 0.3 else 0.0  # a scale of 2/3 taken for one of 2 does harm, the reverse does not
+    up = (exact >= LEAST_UP and upscaled(kept, exact, strength) > sure) == likelier
     near = round((exact if up else 1 - exact) * lines)
     options = []
     for half in range(max(1, near - 1), near + 2):
