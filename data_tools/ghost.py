@@ -27,7 +27,8 @@ DISTANT = 0.4  # least share that is measured on each second picture
 ALIKE = 0.12  # shares that may be one, seen at two strides
 SIGNAL, SIGNAL_CHROMA = 12.0, 5.0  # levels from which on a difference E counts
 STRIDES = 1, 2  # pictures from one to the next: of each second picture a trail has the share a^2, and moves more
-CLEAR = {"trail": 0.8, "echo": 1.3}  # excess from which on it may be a ghost
+CLEAR = {"trail": 1.4, "echo": 1.4}  # excess from which on it may be a ghost
+BOTH = 0.85  # the same where both strides show it: on average
 PHASES = 15  # evidence is kept apart by the picture's number, so that what comes in cycles of 3 or 5 pictures shows
 NOISE = 0.3  # levels^2: what rounding leaves in a difference of two pictures
 LEFT_OVER = 2.0  # levels^2: the most by which a proved repair differs from the film after the ghost was laid over it again
@@ -158,10 +159,11 @@ class Peak:
     share: float
     excess: float  # over its bed
     stride: int = 1  # of the pictures that show it best
+    both: float = 0.0  # the mean excess of the strides near this share
 
     @property
     def clear(self) -> bool:
-        return self.excess >= CLEAR[self.kind]
+        return self.excess >= CLEAR[self.kind] or self.both >= BOTH
 
 
 def shrunk(plane: np.ndarray) -> np.ndarray:
@@ -201,9 +203,13 @@ def _peak(heaps: np.ndarray, kind: str) -> Peak:
     """The highest peak of heaps [stride 2 bins bins]; where another stride shows the same share, their mean weighted by excess."""
     peaks = [_top(heap, kind, stride) for heap, stride in zip(heaps, STRIDES[:None if kind == "trail" else 1], strict=False)]
     best = max(peaks, key=lambda peak: peak.excess)
+    if kind == "echo" or best.excess <= 0:
+        return best
     alike = [peak for peak in peaks if abs(peak.share - best.share) < ALIKE and peak.excess > best.excess / 2]
-    total = sum(peak.excess for peak in alike)
-    return replace(best, share=sum(peak.share * peak.excess for peak in alike) / total) if total > 0 else best
+    share = sum(peak.share * peak.excess for peak in alike) / sum(peak.excess for peak in alike)
+    mean = sum(_excess(heap, kind, stride) for heap, stride in zip(heaps, STRIDES, strict=True)) / len(STRIDES)
+    near = (np.abs(GRID - share) <= ALIKE / 2) & (GRID >= DISTANT)
+    return replace(best, share=share, both=float(mean[near].max(initial=0)))
 
 
 def _top(heap: np.ndarray, kind: str, stride: int) -> Peak:
