@@ -124,8 +124,9 @@ def _same(before: Edge, after: Edge, overlap: float) -> Join | None:
     if not near.any():
         return None
     best = int(places[near][np.argmin(mean[near])])
-    clear = (mean[best] <= SAME * usual and _stands_out(mean, best, 1, max)) or any(
-        best + far < n and _stands_out(mean, best, far, min) for far in (2, 4))  # the latter in slow motion
+    clear = mean[best] <= SAME * usual and _stands_out(mean, best, 1, max)
+    if mean[best] <= CODING:  # slow motion shows over longer ways
+        clear |= any(best + far < n and _stands_out(mean, best, far, min) for far in (2, 4))
     if not clear:
         if not (0 <= listed < n and mean[listed] <= min(CODING, TIE * mean[best] + 1)):
             return None
