@@ -57,7 +57,7 @@ SCORES = {
     "phash": "no number: perceptual hashes of four pictures, 16 hex digits each, in tags",
 }
 LOOKS = (1 / 8, 3 / 8, 5 / 8, 7 / 8)  # of the span: pictures that are hashed and that networks see
-IN_A_ROW = 12  # pictures from each of them on that are looked at for combs
+IN_A_ROW = 10  # pictures from each of them on that are looked at for combs
 IN_A_ROW_MIB = 64  # that these may take
 WIDTH = 160  # columns of the pictures that motion is measured in
 EVERY_S = 0.25 # from one picture to the next that sharpness, exposure and logos are measured in
@@ -301,11 +301,11 @@ class _Flow:
 
     def between(self, before: np.ndarray, now: np.ndarray) -> tuple[float, tuple[float, float]]:
         """Mean length of the displacements and that of the scene, the median where there is detail; % of the width."""
-        flow = self._dis.calc(before, now, None)
+        flow = self._dis.calc(before, now, None)[2:-2:4, 2:-2:4]
         detail = cv2.absdiff(before, cv2.blur(before, (5, 5)))[2:-2:4, 2:-2:4]
-        spots = flow[2:-2:4, 2:-2:4][detail >= max(np.median(detail), 2)]
-        pan = np.median(spots, 0) if len(spots) else np.zeros(2)
-        return float(cv2.magnitude(flow[..., 0], flow[..., 1]).mean()) / WIDTH * 100, tuple((pan / WIDTH * 100).tolist())
+        across, down = np.sort(flow[detail >= max(detail.mean(), 2)], 0).T
+        pan = (across[len(across) // 2], down[len(down) // 2]) if len(down) else (0.0, 0.0)
+        return float(np.hypot(flow[..., 0], flow[..., 1]).mean()) / WIDTH * 100, tuple(float(step) / WIDTH * 100 for step in pan)
 
 
 class CodecMotion:
@@ -476,7 +476,7 @@ OF_TRACE: dict[str, Callable[[Trace], Any]] = {
     "clipped_bright": lambda seen: float(np.mean(seen.clipped, 0)[1]),
 }
 NETWORKS: dict[str, Callable[[Settings, list[np.ndarray]], float]] = {
-    "text_area": lambda _, images: nets.text_area(images[1:]),  # the dearest of the networks: three pictures of the four
+    "text_area": lambda _, images: nets.text_area(images[1::2]),  # the dearest of the networks: two pictures of the four
     "faces": lambda _, images: nets.faces(images),
     "nsfw": lambda _, images: nets.nsfw(images),
     "aesthetics": lambda settings, images: nets.aesthetics(images, settings.aesthetics),
