@@ -250,8 +250,8 @@ def _judged(plane, made, sides, likely, odd, length) -> np.ndarray:
         run = np.s_[row, left:right]
         beside = [r for r in (row - REACH - 2, row - REACH - 1, row + REACH + 1, row + REACH + 2) if 0 <= r < len(plane)]
         if off[beside, left:right].mean() < STRAYS * off[run].mean() and out[run].mean() > 0.5:
-            near, lost = np.s_[row, max(left - GAP, 0):right + GAP], odd[row] > 0
-            lost[near[1]] |= off[near] > STANDS_OUT  # farther away, this may be motion not followed
+            near, lost = slice(max(left - GAP, 0), right + GAP), odd[row] > 0
+            lost[near] |= off[row, near] > STANDS_OUT  # farther away, this may be motion not followed
             mask[row, slice(*_grown(plane[row], lost, left, right))] = True
     return mask
 
