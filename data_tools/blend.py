@@ -35,7 +35,7 @@ STILL = 2.0  # levels squared: below this the pixels that move most hardly do
 FALL, FEW = 4.0, 3  # how far the energy of the right phase lies below that of others, and the more for few combinations
 AGREE = 0.8  # the share of windows with motion in which it has to
 REACH = 13  # pictures around one that is half and half
-ROUNDING = 0.3  # levels squared: what 8 bits leave of nothing
+ROUNDING = 0.1  # levels squared: what 8 bits leave of nothing, in the means of some pixels
 EVIDENCE = 4.0  # sum over such places of the log of how far their energy lies below that before and after
 SHRINK = 0.01  # noise over signal, for the estimate; a mix of less than CLEAN of another picture is taken as it is
 CLEAN = 1 / 128
@@ -114,7 +114,7 @@ def _grams(film: Film) -> Iterator[tuple[int, np.ndarray]]:
     count, last = 0, 0
     for picture in film:
         h, w = picture.y.shape
-        part = max(1, round(math.sqrt(h * w / SAMPLES)))  # mixed pictures stay so when shrunk, and a codec's noise grows less
+        part = max(1, math.isqrt(h * w // SAMPLES))  # mixed pictures stay so when shrunk, and a codec's noise grows less
         size = max(1, w // part), max(1, h // part)
         held.append(cv2.resize(picture.y.astype(np.float32), size, interpolation=cv2.INTER_AREA).ravel())
         count += 1
