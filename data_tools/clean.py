@@ -200,7 +200,7 @@ def clean_row(row: dict[str, Any], folder: Path, out: Path, settings: Settings, 
     source = folder / row["path"]
     start, end = row.get("start_s") or 0.0, row.get("end_s")
     span = (start, end) if end is not None and not _whole(row) else (0.0, math.inf)
-    changed = _moved(row, folder, out)
+    changed, report = _moved(row, folder, out), {}
     try:
         changed["origin"] = row.get("origin") or {**changed, "sha256": row.get("sha256") or _sha256(source), "start_s": span[0],
                                                   "end_s": span[1] if span[1] < math.inf else None}
@@ -210,8 +210,6 @@ def clean_row(row: dict[str, Any], folder: Path, out: Path, settings: Settings, 
             if seen.unreadable:
                 raise ValueError(seen.unreadable)
             changed |= {"start_s": 0.0, "end_s": seen.duration_s, "frames": seen.pictures, "fps": seen.rate, **_shown(source)}
-        else:
-            report = {}
         with cleaned(source, settings, *span) as (_, outcome):
             report |= outcome.report()
             edits = [asdict(edit) | {"settings": json.dumps(edit.settings, sort_keys=True, default=float)}
