@@ -20,7 +20,7 @@ SIDES = 27, 48  # lines and columns of the shrunk pictures
 STEADY = 3.0  # below it from one picture to the next, and STEADY_FAR over GAP pictures, nothing happens
 STEADY_FAR = 7.0
 GAP = 12  # pictures
-CUT = 8.0  # a sure cut is at least so far, and RATIO times as far as any step beside it
+CUT = 8.0  # a sure cut is at least so far, and RATIO times as far as any step beside it; or a quarter of it, and twice RATIO times
 RATIO = 4.0
 FLASH = 8  # pictures that the longest flash lasts
 SAME = 0.4  # before and after are one shot where they differ less than so much of what lies between
@@ -151,7 +151,7 @@ def sudden(block: Block) -> tuple[list[int], list[int]]:
     steps, n = block.steps, len(block)
     cuts, odd, at = [], [], 1
     while at < n:
-        if steps[at] < CUT / 2 or steps[at] < steps[max(1, at - 2):at + 3].max():
+        if steps[at] < CUT / 4 or steps[at] < steps[max(1, at - 2):at + 3].max():
             at += 1
             continue
         after = np.arange(at + 1, min(at + 1 + FLASH, n))
@@ -160,7 +160,7 @@ def sudden(block: Block) -> tuple[list[int], list[int]]:
             odd += range(at, int(after[back[0]]) + 1)
             at = int(after[back[0]]) + 1
             continue
-        beside = max(np.r_[steps[max(1, at - 3):at], steps[at + 1:at + 4]].max(initial=0), 0.5)
+        beside = max(np.r_[steps[max(1, at - 3):at], steps[at + 1:at + 4]].max(initial=0), 0.25)
         if steps[at] >= RATIO * beside * (1 if steps[at] >= CUT else 2) and _lasts(block, at) and _broad(block, at):
             cuts.append(at)
         at += 1
