@@ -246,14 +246,11 @@ def of_executors(quick: bool) -> dict:
     count = 24 if quick else 500
     folder = Path(f"out/data/many-{count}")
     config, found = many(folder, count), {}
-    for _ in range(1 if quick else 2):
-        for executor in ("processes", "ray"):
-            shutil.rmtree(folder / executor, ignore_errors=True)
-            took = ran(config, f"out={folder}/{executor}", f"executor={executor}")
-            found.setdefault(executor, []).append(took["wall_s"])
-    best = {name: min(times) for name, times in found.items()}
+    for executor in ("processes", "ray"):
+        shutil.rmtree(folder / executor, ignore_errors=True)
+        found[executor] = ran(config, f"out={folder}/{executor}", f"executor={executor}")["wall_s"]
     same = files_of(folder / "processes") == files_of(folder / "ray")
-    return {"clips": count, "wall_s": found, "overhead_of_ray": round(best["ray"] / best["processes"] - 1, 3), "same_bytes": same,
+    return {"clips": count, "wall_s": found, "overhead_of_ray": round(found["ray"] / found["processes"] - 1, 3), "same_bytes": same,
             "files": len(files_of(folder / "ray")), "became": dict(told(folder / "processes").most_common())}
 
 
