@@ -20,7 +20,7 @@ from data_tools import film as films
 from data_tools.film import Film, Picture
 from latte.video import renamed_when_whole
 
-VERSION = "1"  # of the repairs: raised when one of them gives other pixels than before
+VERSION = "2"  # of the repairs: raised when one of them gives other pixels than before
 
 
 @dataclass
