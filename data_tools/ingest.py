@@ -87,7 +87,7 @@ def internvid(path: Path) -> Iterator[Entry]:
         return Listed(entry["YoutubeID"], seconds(times["start"]), seconds(times["end"]), entry.get("Caption") or "",
                       url=f"https://www.youtube.com/watch?v={entry['YoutubeID']}",
                       scores={key: entry.get(key) for key in ("UMT_Score", "Aesthetic_Score", "CLIP_Score")},
-                      tags=times | {key.lower(): entry.get(key) for key in ("Language", "Category")})
+                      tags=times | {"video_language": entry.get("Language"), "category": entry.get("Category")})
 
     for entry in _lines(path):
         yield entry if isinstance(entry, Bad) else _attempt(lambda entry=entry: clip(entry))
@@ -130,7 +130,8 @@ def koala(path: Path) -> Iterator[Entry]:
     """Koala-36M, CSV; videoID is {id of the video}_{number}."""
     def clip(row: dict[str, str]) -> Listed:
         start, end = ast.literal_eval(row["timestamp"])
-        scores = {key: row.get(f"{key}_score") for key in ("clarity", "aesthetic", "motion", "video_training_suitability")}
+        scores = {key: row.get(key) for key in (f"{name}_score" for name in (
+            "clarity", "aesthetic", "motion", "video_training_suitability"))}
         return Listed(row["videoID"].rpartition("_")[0] or row["videoID"], seconds(start), seconds(end), row["caption"],
                       row["videoID"], url=row.get("url", ""), scores=scores, tags={"start": start, "end": end})
 

@@ -60,7 +60,7 @@ def test_internvid(tmp_path):
     assert first["scores"] == {"UMT_Score": 0.44, "Aesthetic_Score": 4.7}
     assert first["tags"] == {"start": "00:02:33.133", "end": "00:02:37.937"}
     assert first["licence"].startswith("CC-BY-NC-SA")
-    assert second["tags"]["language"] == "en"
+    assert second["tags"]["video_language"] == "en"
     assert second["scores"] == {}
     assert second["caption"] is None
     assert len({row["id"] for row in rows}) == 2
@@ -115,7 +115,7 @@ def test_openvid_koala_webvid(tmp_path):
          "aesthetic_score": "4", "motion_score": "2", "video_training_suitability_score": "3.5"}])
     (row,), _ = rows_of("koala", path, tmp_path)
     assert (row["video"], row["source_id"], row["from_s"], row["to_s"]) == (ID, f"{ID}_12", 10.0, 22.5)
-    assert row["scores"]["video_training_suitability"] == 3.5
+    assert row["scores"]["video_training_suitability_score"] == 3.5
     (tmp_path / "v" / "1-10").mkdir()
     (tmp_path / "v" / "1-10" / "77.mp4").touch()
     path = write_csv(tmp_path / "w.csv", [{"videoid": "77", "name": "c", "page_idx": "0", "page_dir": "1-10",
