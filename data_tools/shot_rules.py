@@ -141,8 +141,8 @@ def ruled(block: Block) -> tuple[list[Change], list[tuple[int, int]]]:
                 doubts.append((first, last))
                 break
             changes.append(change)
-            doubts += [(first, change[1] - GAP)] if change[1] - GAP - first > GAP else []
-            first = change[2] + GAP
+            doubts += [(first, change.first - GAP)] if change.first - GAP - first > GAP else []
+            first = max(change.last + GAP, middle + 1)
     return changes, [(a, b) for a, b in doubts if block.begin <= (a + b) // 2 < block.end]
 
 
