@@ -1,13 +1,14 @@
 """Stitching against known truth: which joins are made, how even the chosen frames are, and whether a set is made again the same.
 
     python benchmarks/stitch.py            everything, into benchmarks/results/stitch.json; the real clips of benchmarks/clean.py
-    python benchmarks/stitch.py --quick    a few joins, nothing written
+    python benchmarks/stitch.py joins --quick    a part, a few joins, nothing written
 
 Every join is two pieces of one scene, coded apart at different qualities, and is one film by the truth (they touch, or overlap) or
 not (a cut, missing pictures, another take of the same scene, a held picture, another exposure, a camera set anew).
 """
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -208,18 +209,23 @@ def score_rebuild(count: int, folder: Path) -> list[Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", help="of frames, rebuild, joins; all of them if none is given")
     parser.add_argument("--quick", action="store_true", help="a few joins, nothing written")
     args = parser.parse_args()
     cv2.setNumThreads(1)
-    before, about = time.process_time(), facts()
-    with tempfile.TemporaryDirectory() as folder:
-        made = score_jitter() + score_rebuild(10 if args.quick else 40, Path(folder)) + score_joins(2 if args.quick else 24)
-    rows = [asdict(row) for row in made]
+    parts = {"frames": lambda _: score_jitter(), "rebuild": lambda folder: score_rebuild(10 if args.quick else 40, Path(folder)),
+             "joins": lambda _: score_joins(2 if args.quick else 24)}
     keys = ("item", "setting", "metric", "ours", "goal", "clips")
-    print(table(["part", "of", "figure", "ours", "goal", "number"],
-                [[f"{row[key]:.4g}" if key == "ours" else row[key] for key in keys] for row in rows]))
-    if not args.quick:
-        write(RESULTS, about | {"process_s": round(time.process_time() - before), "rows": rows})
+    for part in args.parts or parts:
+        before, about = time.process_time(), facts()
+        with tempfile.TemporaryDirectory() as folder:
+            rows = [asdict(row) for row in parts[part](folder)]
+        print(table(["part", "of", "figure", "ours", "goal", "number"],
+                    [[f"{row[key]:.4g}" if key == "ours" else row[key] for key in keys] for row in rows]), flush=True)
+        if not args.quick:
+            held = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"parts": {}}
+            held["parts"][part] = about | {"process_s": round(time.process_time() - before), "rows": rows}
+            write(RESULTS, held)
     return 0
 
 

@@ -200,7 +200,15 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-source_digest = lru_cache(maxsize=4096)(digest)  # of sources, which nothing changes while a run lasts
+def source_digest(path: Path) -> str:
+    """The same, looked up where the file's size and time of change are as they were before."""
+    found = path.stat()
+    return _digest(path, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _digest(path: Path, size: int, changed_ns: int) -> str:
+    return digest(path)
 
 
 def joined(pieces: list[Piece], folder: Path) -> Film:
