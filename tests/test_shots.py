@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from data_tools import degrade, film, manifest, shots, transnet
+from data_tools import degrade, film, manifest, shot_rules, shots, transnet
 from data_tools.film import Clip, Film, Kind, Picture
 from data_tools.shots import Segment
 from latte import keyed
@@ -123,6 +123,12 @@ def test_memory_does_not_grow_with_the_film():
         return most
 
     assert peak(2200) < 1.1 * peak(1100) < 60 * 2**20
+
+
+def test_every_span_comes_to_an_end(edit, monkeypatch):
+    """A change may be found at the very start of what is looked at."""
+    monkeypatch.setattr(shot_rules, "mixture", lambda block, low, high: shot_rules.Change("dissolve", low + 1, low + 3, 0.9))
+    assert shots.analyse(film.from_clip(edit[0]), "rules")
 
 
 def test_overlapping_finds_are_one():
