@@ -170,7 +170,7 @@ def listed(folder: Path) -> list[dict[str, Any]]:
     for name, about in ingest.videos(folder):
         told = about if isinstance(about, dict) else {}  # words that cannot be read are no reason to leave a film uncleaned
         caption = str(told.get("caption") or told.get("text") or "").strip()
-        digest = _sha256(folder / name) if (folder / name).is_file() else None
+        digest = manifest.sha256_of(folder / name) if (folder / name).is_file() else None
         rows.append({"id": hashlib.sha256(f"{digest} {name}".encode()).hexdigest(), "source": folder.resolve().name,
                      "source_id": name, "path": digest and name, "caption": caption or None, "edits": [], "scores": {},
                      "caption_source": "file" if caption else None, "sha256": digest, "dropped": None if digest else "no file"})
@@ -202,8 +202,9 @@ def clean_row(row: dict[str, Any], folder: Path, out: Path, settings: Settings, 
     span = (start, end) if end is not None and not _whole(row) else (0.0, math.inf)
     changed, report = _moved(row, folder, out), {}
     try:
-        changed["origin"] = row.get("origin") or {**changed, "sha256": row.get("sha256") or _sha256(source), "start_s": span[0],
-                                                  "end_s": span[1] if span[1] < math.inf else None}
+        changed["origin"] = row.get("origin") or {
+            **changed, "sha256": row.get("sha256") or manifest.sha256_of(source), "start_s": span[0],
+            "end_s": span[1] if span[1] < math.inf else None}
         if span == (0.0, math.inf):
             seen = probe.probe(source)
             report = {"probe": seen.report()}
@@ -242,15 +243,10 @@ def _shown(path: Path) -> dict[str, Any]:
     return {"width": info.shown_width, "height": info.shown_height}
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _written(out: Path, name: str, film: Film, settings: Settings) -> dict[str, Any]:
     frames = films.write(out / name, film, settings.crf)
     seen = probe.probe(out / name)
-    return {"path": name, "sha256": _sha256(out / name), "start_s": 0.0, "end_s": seen.duration_s, "frames": frames,
+    return {"path": name, "sha256": manifest.sha256_of(out / name), "start_s": 0.0, "end_s": seen.duration_s, "frames": frames,
             "fps": seen.rate, **_shown(out / name)}
 
 

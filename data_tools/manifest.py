@@ -160,7 +160,7 @@ def row(path: Path, caption: str, folder: Path, out: Path) -> Row:
              "path": Path(os.path.relpath(path.resolve(), out.resolve().parent)).as_posix(),
              "caption": caption.strip() or None, "caption_source": "file" if caption.strip() else None, "edits": [], "scores": {}}
     try:
-        found["sha256"] = _sha256(path)
+        found["sha256"] = sha256_of(path)
         info = video.probe(path)
         video.read_at(path, [0.0])  # the header may promise what cannot be decoded
         found |= {"start_s": 0.0, "end_s": info.frames / info.fps, "width": info.shown_width, "height": info.shown_height,
@@ -173,7 +173,8 @@ def row(path: Path, caption: str, folder: Path, out: Path) -> Row:
     return found | {"id": hashlib.sha256(about.encode()).hexdigest()}
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Hash of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -214,7 +214,7 @@ def _step(cfg: Run, step: Step, before: Path | None, out: Path, task: tuple[int,
             return target
         rows = (row for part in sorted(parts.glob("part-*.parquet")) for row in manifest.read(part))
     made = manifest.write(target, itertools.chain(rows, _dropped(before) if before else ()), _about(step))
-    write_json(target.with_suffix(".json"), {"key": key, "rows": made, "sha256": _sha256(target)})
+    write_json(target.with_suffix(".json"), {"key": key, "rows": made, "sha256": manifest.sha256_of(target)})
     _forget(target)
     return target
 
@@ -228,11 +228,6 @@ def _forget(target: Path) -> None:
 
 def _about(step: Step) -> dict[str, Any]:
     return {"stages": step.about, "versions": {name: version(name) for name in PACKAGES}}
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _done_here(step: Step, before: Path, out: Path) -> Iterator[Row]:

@@ -64,7 +64,7 @@ def work(rows: list[Row], job: Job) -> list[Row]:
         for number, start in enumerate(range(0, len(fit), settings.clips)):
             name, packed = f"shard-{number:06d}.tar", fit[start:start + settings.clips]
             for row in packed:
-                row["sha256"] = row.get("sha256") or sha256_of(job.out / row["path"])
+                row["sha256"] = row.get("sha256") or manifest.sha256_of(job.out / row["path"])
             key = hashlib.sha256(json.dumps([VERSION, [text(row) for row in packed]]).encode()).hexdigest()
             if not _whole(index.parent / name, held.get(name, {}), key):
                 held[name] = {"key": key} | _pack(index.parent / name, packed, job.out)
@@ -125,13 +125,8 @@ def _pack(path: Path, rows: list[Row], out: Path) -> dict[str, Any]:
                     about.size = len(data)
                     tar.addfile(about, io.BytesIO(data))
         size = part.stat().st_size
-        digest = sha256_of(part)
+        digest = manifest.sha256_of(part)
     return {"sha256": digest, "bytes": size, "clips": len(rows) - len(left_out), "left_out": left_out}
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass
@@ -176,7 +171,7 @@ def publish(out: Path) -> None:
     with renamed_when_whole(out / "CARD.md") as part:
         part.write_text(card(tally, about, shards, out.resolve().name))
     sums = {f"shards/{name}": shard["sha256"] for name, shard in shards.items()}
-    sums |= {name: sha256_of(out / name) for name in ("manifest.parquet", "CARD.md")}
+    sums |= {name: manifest.sha256_of(out / name) for name in ("manifest.parquet", "CARD.md")}
     with renamed_when_whole(out / "SHA256SUMS") as part:
         part.write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
 

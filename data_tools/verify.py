@@ -21,8 +21,8 @@ import av
 from tqdm import tqdm
 
 from data_tools import manifest
-from data_tools.manifest import Row
-from data_tools.shard import sha256_of, text
+from data_tools.manifest import Row, sha256_of
+from data_tools.shard import text
 from data_tools.stage import write_json
 
 SUFFIXES = ("json", "mp4", "txt")  # of a clip in a shard

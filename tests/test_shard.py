@@ -318,7 +318,7 @@ def rewritten(out, name, change):
             about.size = len(data)
             tar.addfile(about, io.BytesIO(data))
     sums = [line for line in (out / "SHA256SUMS").read_text().splitlines() if name not in line]
-    (out / "SHA256SUMS").write_text("\n".join([*sums, f"{shard.sha256_of(path)}  shards/{name}"]) + "\n")
+    (out / "SHA256SUMS").write_text("\n".join([*sums, f"{manifest.sha256_of(path)}  shards/{name}"]) + "\n")
 
 
 def test_a_whole_set_is_right(a_set, capsys):
