@@ -299,8 +299,8 @@ def of_rebuild(quick: bool) -> dict:
         shutil.copytree(SOURCES / "videos", sources)
         hurt, rng = [], keyed.rng(1, "hurt")
         if harm:
-            used = sorted({Path(path).name for row in manifest.read(out / "manifest.parquet") if not row["dropped"]
-                           for path in sources_of(row)})
+            told = json.dumps([row for row in manifest.read(out / "manifest.parquet") if not row["dropped"]])
+            used = sorted(path.name for path in sources.iterdir() if path.name in told)
             for number, file in enumerate(rng.permutation(used)[:max(2, round(harm * len(used)))]):
                 hurt.append(str(file))
                 if number % 2:
@@ -311,15 +311,10 @@ def of_rebuild(quick: bool) -> dict:
                     (sources / file).write_bytes(data)
         command = ["-m", "data_tools.rebuild", str(out / "manifest.parquet"), "--sources", str(sources), "--out", str(again)]
         subprocess.run([sys.executable, *command], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
-        report = json.loads((again / "report.json").read_text())
-        found[name] = {"hurt": sorted(hurt), **report}
+        report = json.loads((again / "rebuild.json").read_text())
+        found[name] = {"hurt": sorted(hurt), "listed": report["sources"], "counts": report["counts"]}
         shutil.rmtree(sources)
     return found
-
-
-def sources_of(row: dict) -> list[str]:
-    """Files that a clip was made of."""
-    return [row["origin"]["path"]] if row["origin"] else [row["path"]]
 
 
 PARTS = {"rows": of_rows, "film": of_film, "rebuild": of_rebuild, "executors": of_executors, "kills": of_kills}
