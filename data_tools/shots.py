@@ -16,7 +16,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import cv2
@@ -180,8 +180,8 @@ def looked(path: Path, row: manifest.Row, settings: Settings) -> manifest.Row:
         start = row.get("start_s") or 0.0
         end = row["end_s"] if row.get("end_s") is not None else math.inf
         with one_thread():
-            found = analyse(films.read(path, start, end), settings.detector)
-        return {"transitions": [asdict(replace(each, from_s=each.from_s + start, to_s=each.to_s + start)) for each in found]}
+            found = analyse(films.read(path, start, end, from_zero=False), settings.detector)
+        return {"transitions": [asdict(each) for each in found]}
     except Exception as error:  # whatever a broken file does to a decoder or a rule costs this clip alone
         kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
         return {"dropped": f"shots cannot be found ({kind}{str(error).removeprefix(f'{path}: ')})"}
