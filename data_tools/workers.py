@@ -7,6 +7,7 @@ more threads would wait for each other and could change sums.
 import errno
 import importlib
 import itertools
+import logging
 import multiprocessing
 import os
 import pickle
@@ -14,7 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures import TimeoutError as Overdue
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,14 +88,29 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def _pool(workers: int, module: str) -> ProcessPool:
+    context = multiprocessing.get_context("forkserver")  # threads of this process would not survive a plain fork
+    context.set_forkserver_preload([module])
+    return ProcessPool(max_workers=workers, max_tasks=64, initializer=_end_with_parent, context=context)
+
+
+def _wrong(future: Future, timeout_s: float) -> str | None:
+    """What went wrong with a batch: the trace of an error, or what became of its process; None if nothing did."""
+    try:
+        return future.result()
+    except Overdue:
+        return f"took longer than {timeout_s:g} s"
+    except ProcessExpired as error:
+        return f"ended its process (code {error.exitcode})"
+
+
 def on_processes(calls: Iterable[Call], workers: int, timeout_s: float) -> Iterator[tuple[Call, str | None]]:
     """Each batch as it ends, with what went wrong or None. A clip may take timeout_s."""
-    context = multiprocessing.get_context("forkserver")  # threads of this process would not survive a plain fork
-    calls = iter(calls)
+    calls, running = iter(calls), {}
     first = list(itertools.islice(calls, 1))
-    context.set_forkserver_preload([call.stage.module for call in first])
-    pool = ProcessPool(max_workers=workers, max_tasks=64, initializer=_end_with_parent, context=context)
-    calls, running = itertools.chain(first, calls), {}
+    if not first:
+        return
+    calls, pool = itertools.chain(first, calls), _pool(workers, first[0].stage.module)
     try:
         while True:
             for call in itertools.islice(calls, 2 * workers - len(running)):
@@ -102,14 +118,7 @@ def on_processes(calls: Iterable[Call], workers: int, timeout_s: float) -> Itera
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                call, wrong = running.pop(future), None
-                try:
-                    wrong = future.result()
-                except Overdue:
-                    wrong = f"took longer than {timeout_s:g} s"
-                except ProcessExpired as error:
-                    wrong = f"ended its process (code {error.exitcode})"
-                yield call, wrong
+                yield running.pop(future), _wrong(future, timeout_s)
         pool.close()
     finally:
         pool.stop()
@@ -117,7 +126,10 @@ def on_processes(calls: Iterable[Call], workers: int, timeout_s: float) -> Itera
 
 
 def on_ray(calls: Iterable[Call], workers: int, timeout_s: float, address: str = "") -> Iterator[tuple[Call, str | None]]:
-    """The same on Ray Data, a task a batch; address: of a running cluster, or a new one on this machine."""
+    """The same on Ray Data, a task a batch; address: of a running cluster, or a new one on this machine.
+
+    Ray knows no time limit, so a watch ends a worker that takes longer; it does not tell why a worker ended.
+    """
     try:
         import ray.data
     except ImportError as error:
@@ -125,22 +137,23 @@ def on_ray(calls: Iterable[Call], workers: int, timeout_s: float, address: str =
     if not ray.is_initialized():
         here = {} if address else {"num_cpus": workers, "include_dashboard": False}
         ray.init(address=address or None, log_to_driver=False, logging_level="ERROR", **here)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars, context.max_errored_blocks = False, -1  # a batch that is lost is done again, alone
+    context.enable_progress_bars, context.print_on_execution_start = False, False
+    context.max_errored_blocks = -1  # a batch that is lost is done again, alone
     calls = iter(calls)
     while chunk := list(itertools.islice(calls, 1024)):
         waiting = {call.job.number: call for call in chunk}
         items = [{"number": number, "call": pickle.dumps(call), "limit_s": timeout_s * len(call.rows)}
                  for number, call in waiting.items()]
-        done = ray.data.from_items(items, override_num_blocks=len(items)).map(_do_on_ray, num_cpus=1)
-        for row in done.iter_rows():
+        blocks = ray.data.from_items(items, override_num_blocks=len(items))
+        for row in blocks.map(_do_on_ray, num_cpus=1, ray_remote_args_fn=lambda: {"max_retries": 0}).iter_rows():
             yield waiting.pop(row["number"]), row["wrong"] or None
         for call in waiting.values():
-            yield call, "ended its process"
+            yield call, f"ended its process, or took longer than {timeout_s:g} s"
 
 
 def _do_on_ray(item: dict[str, Any]) -> dict[str, Any]:
-    """A batch in a worker of Ray, which knows no time limit: a watch ends the worker's process."""
     watch = threading.Timer(item["limit_s"], os._exit, (1,))
     watch.daemon = True
     watch.start()

@@ -79,12 +79,15 @@ def test_a_bad_clip_costs_itself_alone(tmp_path, capsys):
     assert len(list((tmp_path / "out" / "failures").iterdir())) == 3
 
 
-def test_ray_gives_the_same_bytes(tmp_path):
+def test_ray_gives_the_same_bytes_and_a_bad_clip_costs_itself_alone_there_too(tmp_path):
     pytest.importorskip("ray")
-    path = corpus(tmp_path, stages="{ingest: {clips: 24}, toy: {}}", timeout_s=8)
-    assert run.main([str(path), f"out={tmp_path / 'a'}", "stages.ingest.clips=5"]) == 0
-    assert run.main([str(path), f"out={tmp_path / 'b'}", "stages.ingest.clips=5", "executor=ray"]) == 0
-    assert files(tmp_path / "a") == files(tmp_path / "b")
+    path = corpus(tmp_path, stages="{ingest: {clips: 5}, toy: {}}")
+    assert run.main([str(path), f"out={tmp_path / 'processes'}"]) == 0
+    assert run.main([str(path), f"out={tmp_path / 'ray'}", "executor=ray"]) == 0
+    assert files(tmp_path / "processes") == files(tmp_path / "ray")
+    assert run.main([str(path), f"out={tmp_path / 'ray'}", "executor=ray", "stages.ingest.clips=8"]) == 0
+    dropped = {key: why for key, why in told(tmp_path / "ray" / "manifest.parquet").items() if why}
+    assert dropped == {"05": "toy ended its process, or took longer than 3600 s"}
 
 
 def program(path, *arguments, **environment):
