@@ -219,9 +219,16 @@ def write(path: str | Path, film: Film, crf: int = 14, preset: str = "veryfast")
     """Writes a film as an H.264 yuv420p mp4 with its own times, upright; an odd last line or column is left off.
 
     crf 0 is lossless. The same film gives the same bytes. The file appears under its name when it is whole. Returns the number of
-    pictures. Raises ValueError when there is none, the sides are below 2 pixels or crf is none.
+    pictures. Raises ValueError when there is none, the sides are below 2 pixels, crf is none, or no mp4 can hold the times.
     """
     check_crf(crf)
+    try:
+        return _written(Path(path), film, crf, preset)
+    except av.error.PatchWelcomeError:  # what FFmpeg's muxer says of them
+        raise ValueError(f"{Path(path).name}: an mp4 cannot hold times so far apart") from None
+
+
+def _written(path: Path, film: Film, crf: int, preset: str) -> int:
     kind, count, stream = film.kind, 0, None
     aspect = 1 / kind.aspect if kind.turns % 2 else kind.aspect
     options = {"movflags": "+faststart", "fflags": "+bitexact"}

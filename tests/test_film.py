@@ -279,3 +279,11 @@ def test_a_stage_with_nothing_to_do_gives_back_the_very_bytes(clip, tmp_path):
     assert out.read_bytes() != source.read_bytes()
     assert json.loads((tmp_path / "r.json").read_text())["edits"][0] == {
         "step": "darken", "settings": {"by": 0.5}, "confidence": 1.0, "version": stage.VERSION}
+
+
+def test_times_that_no_mp4_can_hold_are_one_error(tmp_path):
+    clip = degrade.synth(1, 3, 48, 64)
+    far = film.from_clip(clip._replace(at_s=np.array([0.0, 0.04, 40_000.0])))
+    with pytest.raises(ValueError, match=r"^far.mp4: an mp4 cannot hold times so far apart$"):
+        film.write(tmp_path / "far.mp4", far)
+    assert not list(tmp_path.iterdir())
