@@ -128,16 +128,16 @@ def row(video: str, span: tuple[float, float], caption: str) -> dict:
             "UMT_Score": 0.4, "Aesthetic_Score": 4.8}
 
 
-def ran(config: Path | str, *overrides: str, peak: bool = False) -> dict:
-    """A run of data_tools.run in a process of its own: its wall and CPU seconds and its peak memory."""
-    before, started = os.times(), time.monotonic()
-    code = ("import resource, sys; from data_tools import run; code = run.main(sys.argv[1:]); "
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)")
+def ran(config: Path | str, *overrides: str) -> dict:
+    """A run of data_tools.run in a process of its own: wall seconds, and CPU seconds and peak memory of it without its workers."""
+    code = ("import sys, time; from pathlib import Path; from data_tools import run; code = run.main(sys.argv[1:]); "
+            "print(time.process_time(), Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]); sys.exit(code)")
+    started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code, str(config), *overrides], cwd=ROOT, text=True, stdout=subprocess.PIPE,
                           env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
-    after = os.times()
-    return {"wall_s": round(time.monotonic() - started, 1), "peak_mib": round(int(done.stdout.split()[-1]) / 1024),
-            "cpu_s": round(after.children_user + after.children_system - before.children_user - before.children_system, 1)}
+    cpu_s, peak_kib = done.stdout.split()[-2:]
+    return {"wall_s": round(time.monotonic() - started, 1), "own_cpu_s": round(float(cpu_s), 1),
+            "own_peak_mib": round(int(peak_kib) / 1024)}
 
 
 def told(out: Path) -> Counter:
