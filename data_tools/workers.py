@@ -134,6 +134,7 @@ def on_ray(calls: Iterable[Call], workers: int, timeout_s: float, address: str =
         import ray.data
     except ImportError as error:
         raise ValueError(f"executor: ray is not installed ({error}): pip install 'ray[data]'") from None
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere unless the user wants it
     if not ray.is_initialized():
         here = {} if address else {"num_cpus": workers, "include_dashboard": False}
         ray.init(address=address or None, log_to_driver=False, logging_level="ERROR", **here)

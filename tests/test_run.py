@@ -69,18 +69,23 @@ def test_only_what_has_changed_is_run_again(tmp_path):
 
 
 def test_a_bad_clip_costs_itself_alone(tmp_path, capsys):
-    path = corpus(tmp_path, stages="{ingest: {clips: 24}, toy: {}}", timeout_s=4)
+    path = corpus(tmp_path, stages="{ingest: {clips: 24}, toy: {}}", timeout_s=5)
     assert run.main([str(path)]) == 0
     dropped = {key: why for key, why in told(tmp_path / "out" / "manifest.parquet").items() if why}
     group = {n: f"{n:02d}" for n in range(24)}
     assert dropped.keys() == {group[n] for n in range(24) if n % 7 in (5, 4, 3)}  # their groups: 5, 11 and 17 are of v5, v4, v3
     assert {dropped["05"], dropped["11"], dropped["17"]} == {
-        "toy ended its process (code 3)", "toy took longer than 4 s", "toy failed (KeyError: 'no such thing')"}
+        "toy ended its process (code 3)", "toy took longer than 5 s", "toy failed (KeyError: 'no such thing')"}
     assert len(list((tmp_path / "out" / "failures").iterdir())) == 3
 
 
 def test_ray_gives_the_same_bytes_and_a_bad_clip_costs_itself_alone_there_too(tmp_path):
     pytest.importorskip("ray")
+    try:  # where ports or shared memory are not to be had, it fails or waits for ever
+        subprocess.run([sys.executable, "-c", "import ray; ray.init(num_cpus=1, include_dashboard=False)"], check=True, timeout=120,
+                       capture_output=True)
+    except subprocess.SubprocessError as error:
+        pytest.skip(f"Ray cannot start here: {error}")
     path = corpus(tmp_path, stages="{ingest: {clips: 5}, toy: {}}")
     assert run.main([str(path), f"out={tmp_path / 'processes'}"]) == 0
     assert run.main([str(path), f"out={tmp_path / 'ray'}", "executor=ray"]) == 0
