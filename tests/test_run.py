@@ -164,3 +164,11 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, capsys):
     with run._alone(tmp_path / "out"):
         assert run.main([str(path)]) == 1
     assert "another run works in this folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "data").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_corpus_can_be_read(path, monkeypatch):
+    monkeypatch.undo()  # the real stages
+    cfg, steps = run.load(path)
+    assert steps[0].name == "ingest" and steps[-1].name == "shard" and cfg.out == f"out/data/{path.stem}"
+    assert all(callable(step.stage.part(step.stage.work)) for step in steps[1:])
