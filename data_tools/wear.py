@@ -159,7 +159,8 @@ class ColourWatch:
         def bands(plane):
             return cv2.resize(plane, (1, BANDS), interpolation=cv2.INTER_AREA)[:, 0]
 
-        self.colour.append(sum(bands(cv2.absdiff(plane[:, ::4], 128)).astype(np.float32) for plane in (picture.u, picture.v)))
+        far = (np.abs(plane[:, ::4].astype(np.int16) - 128).astype(np.uint8) for plane in (picture.u, picture.v))
+        self.colour.append(sum(bands(plane).astype(np.float32) for plane in far))
         small = cv2.resize(picture.y[:, ::4], (2 * BANDS, BANDS), interpolation=cv2.INTER_AREA).astype(np.float32)
         self.steps.append(np.abs(small - (small if self.last is None else self.last)).mean(1))
         self.last = small

@@ -79,8 +79,9 @@ def test_a_bad_clip_costs_itself_alone(tmp_path, capsys):
     assert len(list((tmp_path / "out" / "failures").iterdir())) == 3
 
 
-def test_ray_gives_the_same_bytes_and_a_bad_clip_costs_itself_alone_there_too(tmp_path):
+def test_ray_gives_the_same_bytes_and_a_bad_clip_costs_itself_alone_there_too(tmp_path, monkeypatch):
     pytest.importorskip("ray")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))  # its workers are to find the toys
     try:  # where ports or shared memory are not to be had, it fails or waits for ever
         subprocess.run([sys.executable, "-c", "import ray; ray.init(num_cpus=1, include_dashboard=False)"], check=True, timeout=120,
                        capture_output=True)
