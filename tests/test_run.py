@@ -69,13 +69,13 @@ def test_only_what_has_changed_is_run_again(tmp_path):
 
 
 def test_a_bad_clip_costs_itself_alone(tmp_path, capsys):
-    path = corpus(tmp_path, stages="{ingest: {clips: 24}, toy: {}}", timeout_s=5)
+    path = corpus(tmp_path, stages="{ingest: {clips: 24}, toy: {}}", timeout_s=2)
     assert run.main([str(path)]) == 0
     dropped = {key: why for key, why in told(tmp_path / "out" / "manifest.parquet").items() if why}
     group = {n: f"{n:02d}" for n in range(24)}
     assert dropped.keys() == {group[n] for n in range(24) if n % 7 in (5, 4, 3)}  # their groups: 5, 11 and 17 are of v5, v4, v3
     assert {dropped["05"], dropped["11"], dropped["17"]} == {
-        "toy ended its process (code 3)", "toy took longer than 5 s", "toy failed (KeyError: 'no such thing')"}
+        "toy ended its process (code 3)", "toy took longer than 2 s", "toy failed (KeyError: 'no such thing')"}
     assert len(list((tmp_path / "out" / "failures").iterdir())) == 3
 
 
