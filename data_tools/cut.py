@@ -71,7 +71,7 @@ def _row(row: Row, job: Job) -> Row:
         return row | {"dropped": f"cannot be cut ({str(error).removeprefix(f'{source}: ')})"}
     edits = [*(row.get("edits") or []), stitch.written(Edit("cut", settings, 1.0, VERSION))]
     count, fps = len(row["picked"]), job.settings.fps
-    return row | {"path": path, "sha256": stitch.digest(job.out / path), "origin": origin, "edits": edits, "transitions": [],
+    return row | {"path": path, "sha256": manifest.sha256_of(job.out / path), "origin": origin, "edits": edits, "transitions": [],
                   "frames": count, "fps": fps, "start_s": 0.0, "end_s": count / fps, "picked": [i / fps for i in range(count)],
                   "width": shown.shown_width, "height": shown.shown_height}
 

@@ -10,7 +10,6 @@ site; the lists of open sets pass on names alone for that reason.
 """
 
 import argparse
-import hashlib
 import importlib.util
 import json
 import re
@@ -143,8 +142,7 @@ def _fetch(command: list[str], name: str, url: str, out: Path, settings: Setting
     if failed or file is None:
         message = next((line for line in reversed(message.splitlines()) if "ERROR" in line), message) or "no file came"
         return entry | {"state": _state(message), "message": message[-500:]}
-    with open(file, "rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    digest = manifest.sha256_of(file)
     return entry | {"state": "ok", "message": "", "file": file.name, "sha256": digest, "bytes": file.stat().st_size}
 
 

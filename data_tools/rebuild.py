@@ -183,7 +183,7 @@ def make(how: Recipe, files: list[Path], rows: list[Row], out: Path, settings: c
 
 def _digest(out: Path, row: Row) -> str | None:
     path = out / "clips" / f"{row['id']}.mp4"
-    return stitch.digest(path) if path.is_file() else None
+    return manifest.sha256_of(path) if path.is_file() else None
 
 
 def _film(how: Recipe, files: list[Path], scratch: Path, settings: clean.Settings | None) -> Path:

@@ -11,8 +11,8 @@
 A stage reads the manifest of the one before it and writes OUT/stages/NN-NAME.parquet; the last one is OUT/manifest.parquet too.
 Paths in all of them start at OUT. Rows come in batches, and each batch leaves a part that is not made again: the same command goes
 on after any end, kill -9 too, with the same bytes. Batches do not depend on the executor or on the number of workers. Rows
-travel to the workers, never frames. A clip that ends its process, hangs or fails costs itself alone. A stage whose settings, code
-and input have not changed is not run again: to change a threshold computes no score.
+travel to the workers, never frames. A clip that ends its process, hangs or fails costs itself alone. A stage with the same
+settings, version and input is not run again: to change a threshold computes no score.
 """
 
 import argparse

@@ -194,21 +194,15 @@ class Piece:
     origin: dict[str, Any] | None  # of its row: what the file was made from, if it was cleaned
 
 
-def digest(path: Path) -> str:
-    """The hash of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def source_digest(path: Path) -> str:
-    """The same, looked up where the file's size and time of change are as they were before."""
+    """The hash of a file's bytes, looked up where the file's size and time of change are as they were before."""
     found = path.stat()
     return _digest(path, found.st_size, found.st_mtime_ns)
 
 
 @lru_cache(maxsize=4096)
 def _digest(path: Path, size: int, changed_ns: int) -> str:
-    return digest(path)
+    return manifest.sha256_of(path)
 
 
 def joined(pieces: list[Piece], folder: Path) -> Film:
@@ -330,7 +324,7 @@ def _from_chain(chain: list[Row], joins: list[join.Join], job: Job) -> list[Row]
             films.write(job.out / row["path"], film, job.settings.crf)
     except (ValueError, OSError):  # a piece is damaged: each on its own, which says so
         return [made for member in chain for made in _from_row(member, job)]
-    key = digest(job.out / row["path"]) if clips else None
+    key = manifest.sha256_of(job.out / row["path"]) if clips else None
     row |= {"dropped": f"cut: into {len(clips)} clips" if clips else why, "sha256": key, "path": row["path"] if clips else None}
     return [*_within(chain, row["id"]), row, *(clip | {"sha256": key} for clip in clips)]
 

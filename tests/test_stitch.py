@@ -138,7 +138,7 @@ def test_files_that_touch_or_overlap_are_one_film(tmp_path, scene):
     assert clips[0]["to_s"] <= 4.42 and clips[1]["from_s"] >= 4.43  # on both sides of the cut
     assert all(0 < made["scores"]["jitter_s"] <= 0.0211 for made in clips)
     assert clips[0]["caption"] == "A scene 0." and [part["id"] for part in clips[1]["parts"]] == ["1", "2"]
-    assert clips[0]["sha256"] == stitch.digest(tmp_path / clips[0]["path"])
+    assert clips[0]["sha256"] == manifest.sha256_of(tmp_path / clips[0]["path"])
     pieces = json.loads(clips[0]["edits"][0]["settings"])["pieces"]
     assert [made["id"] for made in pieces] == ["0", "1", "2"] and pieces[2]["shift_s"] == pytest.approx(130 / 25)
     bytes_before = (tmp_path / whole["path"]).read_bytes()
