@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from latte import checkpoint, pipeline, video
+from latte.command import command
 from latte.world.caption import parse
 from latte.world.judge import judge
 
@@ -104,6 +105,7 @@ def _in_words(verdict: dict) -> str:
     return f"{'PASS' if verdict['joint'] else 'FAIL'} ({scores})"
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a checkpoint or run folder, or published weights")
@@ -127,11 +129,7 @@ def main(argv: list[str] | None = None) -> int:
                         help="change a setting of the config, such as text.quantize=4bit; may be given again")
     parser.add_argument("--dry-run", action="store_true", help="print the memory that each phase will take, then exit")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return run(parser.parse_args(argv))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from latte import cached, checkpoint, config, diffusion, hardware, keyed, lora, memory, parallel, pipeline, plan, precision, video
 from latte.clips import left_out
 from latte.codec import VideoCodec
+from latte.command import command
 from latte.data import Batch, make_loader, open_clips, table
 from latte.guard import Guard
 from latte.health import Step, Window, by_group, ratios
@@ -463,6 +464,7 @@ class _Stop:
             signal.signal(number, signal.SIG_DFL)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a YAML file of configs/")
@@ -470,17 +472,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the plan, then exit")
     parser.add_argument("--card", default="", help="with --dry-run: plan for this card, such as H200, instead of this machine")
     args = parser.parse_intermixed_args(argv)
-    try:
-        if args.card and not args.dry_run:
-            raise ValueError("--card: plans for a card that is not at hand; it needs --dry-run")
-        cfg = config.load(args.config, args.overrides)
-        if args.dry_run:
-            print(plan.describe(cfg, args.card))
-            return 0
-        return train(cfg)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if args.card and not args.dry_run:
+        raise ValueError("--card: plans for a card that is not at hand; it needs --dry-run")
+    cfg = config.load(args.config, args.overrides)
+    if args.dry_run:
+        print(plan.describe(cfg, args.card))
+        return 0
+    return train(cfg)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from latte import cached, config
 from latte.cached import digest
 from latte.clips import FileClips, Source, WorldClips, shape_key
 from latte.codec import VideoCodec
+from latte.command import command
 from latte.config import Config, ShapeConfig
 
 OURS = re.compile(r".+-[0-9a-f]{16}\.(safetensors|json)")
@@ -523,6 +524,7 @@ def _one_thread() -> None:
         torch.set_num_threads(1)  # sums of other numbers of threads may round differently
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_tools.cache", description=__doc__.splitlines()[0])
     parser.add_argument("config", help="the YAML of the training")
@@ -534,16 +536,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="only say how large it gets and how long it takes")
     args = parser.parse_intermixed_args(argv)
     _one_thread()
-    try:
-        if args.processes < 1 or args.shard_mib < 1:
-            raise ValueError("--processes and --shard-mib must be at least 1")
-        build(config.load(args.config, args.overrides), args.out, args.dtype, args.shard_mib, args.processes, args.dry_run)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+    if args.processes < 1 or args.shard_mib < 1:
+        raise ValueError("--processes and --shard-mib must be at least 1")
+    build(config.load(args.config, args.overrides), args.out, args.dtype, args.shard_mib, args.processes, args.dry_run)
     return 0
 
 

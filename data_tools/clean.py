@@ -41,6 +41,7 @@ from data_tools.manifest import Job, Row
 from data_tools.stage import VERSION, Outcome
 from latte import video
 from latte.clips import VIDEO_SUFFIXES
+from latte.command import command
 
 
 @dataclass(frozen=True)
@@ -262,6 +263,7 @@ def _finished(row: dict[str, Any], out: Path, key: str, timeout_s: float = 0.0) 
     return held if held.get("key") == key and not short else None
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_tools.clean", description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="a video file, a folder of videos, or a manifest (.parquet)")
@@ -278,21 +280,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-overlays", dest="overlays", action="store_false", help="look for no bars, tickers or burned text")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
-        if args.source.is_dir() or args.source.suffix == ".parquet":
-            return _many(args, settings)
-        with cleaned(args.source, settings) as (started, outcome):
-            stage.finish(args.source, outcome, started, args.out, args.report, settings.crf)
-        if args.report is None:
-            print(json.dumps(outcome.report(), indent=1, default=float))
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
+    if args.source.is_dir() or args.source.suffix == ".parquet":
+        return _many(args, settings)
+    with cleaned(args.source, settings) as (started, outcome):
+        stage.finish(args.source, outcome, started, args.out, args.report, settings.crf)
+    if args.report is None:
+        print(json.dumps(outcome.report(), indent=1, default=float))
+    return 0
 
 
 def _many(args: argparse.Namespace, settings: Settings) -> int:

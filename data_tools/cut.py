@@ -25,6 +25,7 @@ from data_tools.film import Film, Picture
 from data_tools.manifest import Job, Row
 from data_tools.stage import Edit
 from latte import video
+from latte.command import command
 from latte.video import EPS_S
 
 VERSION = "1"
@@ -123,6 +124,7 @@ def fitted(picture: Picture, kind: films.Kind, height: int, width: int) -> Pictu
     return Picture(sized(upright.y, 1), sized(upright.u, 2), sized(upright.v, 2), picture.at_s)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_tools.cut", description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="a manifest with picked frames")
@@ -132,16 +134,12 @@ def main(argv: list[str] | None = None) -> int:
         default = getattr(Settings, name)
         parser.add_argument(f"--{name}", type=type(default), default=default, help=meaning)
     args = parser.parse_args(argv)
-    try:
-        if args.out.resolve().parent != args.source.resolve().parent:
-            raise ValueError(f"--out: name a manifest in {args.source.resolve().parent}, where the paths of its rows start")
-        job = Job(args.out.parent, Settings(args.fps, args.height, args.width, args.crf))
-        rows = tqdm(manifest.read(args.source), desc="cut", unit=" clips", disable=None)
-        done = [row if row["dropped"] else _row(row, job) for row in rows]
-        manifest.write(args.out, done, manifest.about(args.source))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if args.out.resolve().parent != args.source.resolve().parent:
+        raise ValueError(f"--out: name a manifest in {args.source.resolve().parent}, where the paths of its rows start")
+    job = Job(args.out.parent, Settings(args.fps, args.height, args.width, args.crf))
+    rows = tqdm(manifest.read(args.source), desc="cut", unit=" clips", disable=None)
+    done = [row if row["dropped"] else _row(row, job) for row in rows]
+    manifest.write(args.out, done, manifest.about(args.source))
     dropped = sum(bool(row["dropped"]) for row in done)
     print(f"{args.out}: {len(done) - dropped} clips, {dropped} rows dropped")
     return 0

@@ -19,6 +19,7 @@ import numpy as np
 
 from data_tools import manifest
 from data_tools.manifest import Row
+from latte.command import command
 
 VERSION = "1"  # raised when other rows are dropped than before
 PICTURES = 4  # hashes of a clip
@@ -192,6 +193,7 @@ def _near(order: np.ndarray, part: np.ndarray, looks: np.ndarray, settings: Sett
         yield one[alike], other[alike]
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_tools.dedupe", description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="a manifest with tags[\"phash\"]")
@@ -203,16 +205,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=meaning)
     parser.add_argument("--other-videos", dest="same_video", action="store_false", help="compare no clips of one video")
     args = parser.parse_args(argv)
-    try:
-        settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
-        rows = list(manifest.placed(manifest.read(args.source), args.source.parent, args.out.parent))
-        live = [i for i, row in enumerate(rows) if not row["dropped"]]
-        for i, row in zip(live, work([rows[i] for i in live], manifest.Job(args.out.parent, settings)), strict=True):
-            rows[i] = row
-        manifest.write(args.out, rows)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
+    rows = list(manifest.placed(manifest.read(args.source), args.source.parent, args.out.parent))
+    live = [i for i, row in enumerate(rows) if not row["dropped"]]
+    for i, row in zip(live, work([rows[i] for i in live], manifest.Job(args.out.parent, settings)), strict=True):
+        rows[i] = row
+    manifest.write(args.out, rows)
     print(f"{args.out}: {len(live)} clips, {sum(bool(rows[i]['dropped']) for i in live)} of them there twice")
     return 0
 

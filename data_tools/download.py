@@ -30,6 +30,7 @@ from tqdm import tqdm
 from data_tools import manifest
 from data_tools.manifest import Row
 from latte.clips import VIDEO_SUFFIXES
+from latte.command import command
 
 STATES = ("ok", "gone", "private", "blocked", "failed")
 FINAL = ("gone", "private")  # not asked for again
@@ -165,6 +166,7 @@ def _rows(path: Path) -> Iterator[Row]:
         yield from rows
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_tools.download", description=__doc__.splitlines()[0])
     parser.add_argument("manifest", type=Path, help="whose clips' videos are wanted")
@@ -177,15 +179,8 @@ def main(argv: list[str] | None = None) -> int:
         default = getattr(Settings, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=meaning)
     args = parser.parse_args(argv)
-    try:
-        settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
-        states = download(videos(_rows(args.manifest)), args.out, settings, args.again, args.limit)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
+    states = download(videos(_rows(args.manifest)), args.out, settings, args.again, args.limit)
     told = ", ".join(f"{states[state]} {state}" for state in (*STATES, "left") if states[state])
     print(f"{args.out}: {told or 'no video is wanted'}")
     return 0

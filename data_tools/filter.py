@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from data_tools import manifest
 from data_tools.manifest import Job, Row
+from latte.command import command
 
 VERSION = "1"
 MISSING = ("keep", "drop")
@@ -84,6 +85,7 @@ def bounds(text: str) -> tuple[str, list[float | None]]:
         raise ValueError(f"--keep: {text!r} is not of the form NAME=LEAST:MOST, where one number may be left out") from None
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_tools.filter", description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="a manifest with scores, .parquet")
@@ -103,12 +105,8 @@ def main(argv: list[str] | None = None) -> int:
                 counts[(row.get("dropped") or "kept").partition(" (")[0]] += 1
                 yield row
 
-    try:
-        settings = Settings(dict(bounds(text) for text in args.keep), args.languages, args.missing)
-        manifest.write(args.out, rows(), manifest.about(args.source))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    settings = Settings(dict(bounds(text) for text in args.keep), args.languages, args.missing)
+    manifest.write(args.out, rows(), manifest.about(args.source))
     print(f"{args.out}: {counts.total()} clips, " + ", ".join(f"{count} {what}" for what, count in counts.most_common()))
     return 0
 

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from data_tools import licence, manifest
 from latte.clips import VIDEO_SUFFIXES
+from latte.command import command
 from latte.video import renamed_when_whole
 
 VERSION = "1"  # raised when a list gives other rows than before
@@ -615,6 +616,7 @@ def _mira_captions(row: dict[str, str]) -> dict[str, str | None]:
             (("short", "short"), ("dense", "dense"), ("camera", "camera"), ("subjects", "main_object"), ("style", "style"))}
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_tools.ingest", description=__doc__.splitlines()[0])
     parser.add_argument("kind", help=f"of the list: {', '.join(READERS)}")
@@ -626,12 +628,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, default=0, help="read so many entries only; 0: all")
     parser.add_argument("--uncaptioned", dest="captioned", action="store_false", help="keep clips without a caption")
     args = parser.parse_args(argv)
-    try:
-        counts = ingest(args.kind, args.list, args.out, args.files, source=args.source, licence=args.licence, limit=args.limit,
-                        captioned=args.captioned)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    counts = ingest(args.kind, args.list, args.out, args.files, source=args.source, licence=args.licence, limit=args.limit,
+                    captioned=args.captioned)
     print(f"{args.out}: {counts['clips']} clips")
     return 0
 

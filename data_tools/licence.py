@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools import manifest
+from latte.command import command
 
 
 @dataclass(frozen=True)
@@ -123,20 +124,17 @@ def table(clips: Found) -> str:
     return "\n".join(lines)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_tools.licence", description=__doc__.splitlines()[0])
     parser.add_argument("manifest", type=Path, help="its clips that are not dropped are looked at")
     parser.add_argument("--allow", nargs="*", default=[], metavar="SOURCE", help="sources or licences that you have cleared")
     args = parser.parse_args(argv)
-    try:
-        clips: Counter = Counter()
-        for rows in manifest.batches(args.manifest):
-            clips += found([row for row in rows if not row["dropped"]])
-        print(table(clips))
-        check(clips, args.allow, "--allow")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    clips: Counter = Counter()
+    for rows in manifest.batches(args.manifest):
+        clips += found([row for row in rows if not row["dropped"]])
+    print(table(clips))
+    check(clips, args.allow, "--allow")
     return 0
 
 

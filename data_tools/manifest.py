@@ -24,6 +24,7 @@ except ImportError as error:
 from tqdm import tqdm
 
 from latte import clips, video
+from latte.command import command
 
 ROWS = 8192  # that are held at a time
 ABOUT = b"latte"  # the key of the file's metadata
@@ -179,22 +180,19 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_tools.manifest", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="videos anywhere below, name.txt beside name.mp4, or captions.csv")
     parser.add_argument("out", type=Path, help="the manifest, .parquet")
     args = parser.parse_args(argv)
-    try:
-        if not args.folder.is_dir():
-            raise ValueError(f"{args.folder}: is not a folder")
-        listed = list(clips._captioned(args.folder))
-        if not listed:
-            raise ValueError(f"{args.folder}: holds no video ({', '.join(clips.VIDEO_SUFFIXES)})")
-        rows = [row(path, caption, args.folder, args.out) for path, caption, _ in tqdm(listed, unit=" clips")]
-        write(args.out, rows)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if not args.folder.is_dir():
+        raise ValueError(f"{args.folder}: is not a folder")
+    listed = list(clips._captioned(args.folder))
+    if not listed:
+        raise ValueError(f"{args.folder}: holds no video ({', '.join(clips.VIDEO_SUFFIXES)})")
+    rows = [row(path, caption, args.folder, args.out) for path, caption, _ in tqdm(listed, unit=" clips")]
+    write(args.out, rows)
     dropped = [found for found in rows if found.get("dropped")]
     for found in dropped:
         print(f"dropped {found['source_id']}: {found['dropped']}")

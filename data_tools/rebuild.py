@@ -31,6 +31,7 @@ from data_tools import clean, cut, manifest, stitch
 from data_tools import film as films
 from data_tools.manifest import Row
 from data_tools.stage import write_json
+from latte.command import command
 
 VERDICTS = {"equal": "the same bytes as published", "different": "other bytes than published", "gone": "a source is not there",
             "altered": "a source is not the one that was used", "failed": "could not be made"}
@@ -234,6 +235,7 @@ def show(report: dict[str, Any]) -> None:
         print(f"{name} was {then} and is {now}: pixels may differ")
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_tools.rebuild", description=__doc__.splitlines()[0])
     parser.add_argument("manifest", type=Path, help="a published manifest")
@@ -242,15 +244,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--timeout-s", type=float, default=3600, help="a film that takes longer is given up")
     args = parser.parse_args(argv)
-    try:
-        report = rebuild(args.manifest, args.sources, args.out, args.workers, args.timeout_s)
-        write_json(args.out / "rebuild.json", report)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    report = rebuild(args.manifest, args.sources, args.out, args.workers, args.timeout_s)
+    write_json(args.out / "rebuild.json", report)
     show(report)
     return int(report["counts"]["different"] + report["counts"]["failed"] > 0)
 

@@ -43,6 +43,7 @@ from data_tools.manifest import Job, Row
 from data_tools.stage import write_json
 from data_tools.workers import Call, Stage, on_processes, on_ray
 from latte import config
+from latte.command import command
 from latte.video import renamed_when_whole
 
 BATCHES = 64  # that a stage has at least, rows allowing, so that workers end together
@@ -337,6 +338,7 @@ def _task() -> tuple[int, int] | None:
     return int(number) - int(os.environ["SLURM_ARRAY_TASK_MIN"]), int(os.environ["SLURM_ARRAY_TASK_COUNT"])
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_tools.run", description=__doc__.splitlines()[0])
     parser.add_argument("config", type=Path, help="the corpus's YAML")
@@ -345,25 +347,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print settings and what is to be done, and do nothing")
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
-    try:
-        cfg, steps = load(args.config, args.overrides)
-        unknown = sorted(set(args.again) - {step.name for step in steps})
-        if unknown:
-            raise ValueError(f"--again: no stage {', '.join(unknown)}; there are {', '.join(step.name for step in steps)}")
-        if args.dry_run:
-            _show(cfg, steps)
-            return 0
-        task = _task() if cfg.executor == "slurm" else (0, 1)
-        if task is None:
-            _submit(cfg, argv)
-            return 0
-        run(cfg, steps, task, tuple(args.again))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    cfg, steps = load(args.config, args.overrides)
+    unknown = sorted(set(args.again) - {step.name for step in steps})
+    if unknown:
+        raise ValueError(f"--again: no stage {', '.join(unknown)}; there are {', '.join(step.name for step in steps)}")
+    if args.dry_run:
+        _show(cfg, steps)
+        return 0
+    task = _task() if cfg.executor == "slurm" else (0, 1)
+    if task is None:
+        _submit(cfg, argv)
+        return 0
+    run(cfg, steps, task, tuple(args.again))
     return 0
 
 

@@ -31,6 +31,7 @@ from data_tools import film as films
 from data_tools.film import Clip, Kind, Picture
 from data_tools.manifest import Job, Row
 from latte import video
+from latte.command import command
 from latte.video import EPS_S
 
 VERSION = "1"
@@ -510,6 +511,7 @@ def rgb(picture: Picture, kind: Kind) -> np.ndarray:
 
 # Command line
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_tools.score", description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="a video file, or a manifest (.parquet)")
@@ -519,17 +521,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--aesthetics", default="", help="module:function of yours")
     args = parser.parse_args(argv)
     cv2.setNumThreads(1)
-    try:
-        settings = Settings(tuple(args.scores), args.aesthetics)
-        if args.source.suffix == ".parquet":
-            return _many(args, settings)
-        row = {"id": args.source.name, "path": args.source.name}
-        row = scored(row, args.source.parent, settings)
-        if row.get("dropped"):
-            raise ValueError(f"{args.source}: {row['dropped']}")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    settings = Settings(tuple(args.scores), args.aesthetics)
+    if args.source.suffix == ".parquet":
+        return _many(args, settings)
+    row = {"id": args.source.name, "path": args.source.name}
+    row = scored(row, args.source.parent, settings)
+    if row.get("dropped"):
+        raise ValueError(f"{args.source}: {row['dropped']}")
     report = json.dumps({"scores": row["scores"], "tags": row["tags"]}, indent=1)
     if args.report is None:
         print(report)

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from data_tools import licence, manifest
 from data_tools.manifest import Job, Row
 from data_tools.stage import write_json
+from latte.command import command
 from latte.video import renamed_when_whole
 
 VERSION = "1"  # raised when shards have other bytes than before
@@ -246,6 +247,7 @@ def _table(names: tuple[str, ...], rows: Iterable[tuple]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (names, ["---"] * len(names), *shown))
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_tools.shard", description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="a manifest whose clips lie in files of their own")
@@ -254,22 +256,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--name", default=Settings.name, help="of the set, on its card")
     parser.add_argument("--allow", nargs="*", default=[], metavar="SOURCE", help="sources or licences that you have cleared")
     args = parser.parse_args(argv)
-    try:
-        settings = Settings(args.clips, args.name, tuple(args.allow))
-        rows = list(manifest.placed(manifest.read(args.source), args.source.parent, args.out))
-        live = [i for i, row in enumerate(rows) if not row["dropped"]]
-        for i, row in zip(live, work([rows[i] for i in live], Job(args.out, settings)), strict=True):
-            rows[i] = row
-        about = manifest.about(args.source)
-        stages = [stage for stage in about.get("stages", []) if stage[0] != "shard"] + [["shard", asdict(settings), VERSION]]
-        manifest.write(args.out / "manifest.parquet", rows, about | {"stages": stages})
-        publish(args.out)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    settings = Settings(args.clips, args.name, tuple(args.allow))
+    rows = list(manifest.placed(manifest.read(args.source), args.source.parent, args.out))
+    live = [i for i, row in enumerate(rows) if not row["dropped"]]
+    for i, row in zip(live, work([rows[i] for i in live], Job(args.out, settings)), strict=True):
+        rows[i] = row
+    about = manifest.about(args.source)
+    stages = [stage for stage in about.get("stages", []) if stage[0] != "shard"] + [["shard", asdict(settings), VERSION]]
+    manifest.write(args.out / "manifest.parquet", rows, about | {"stages": stages})
+    publish(args.out)
     dropped = Counter(rows[i]["dropped"] for i in live if rows[i]["dropped"])
     print(f"{args.out}: {len(live) - dropped.total()} clips in shards", *(f"{n} dropped: {why}" for why, n in dropped.items()),
           sep=", ")

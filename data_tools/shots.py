@@ -28,6 +28,7 @@ from data_tools import manifest, stage
 from data_tools.film import Film
 from data_tools.shot_rules import Block, Change, fades, guessed, kept, ruled, runs, shrunk
 from latte import video
+from latte.command import command
 
 VERSION = "1"
 FASTEST = 32.0  # pictures a second that are looked at; of faster films every second, third, ... one
@@ -203,6 +204,7 @@ def one_thread() -> Iterator[None]:
             torch.set_num_threads(before[1])
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_tools.shots", description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="a video file or a manifest (.parquet)")
@@ -210,20 +212,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--report", type=Path, help="of a file: the changes found, .json; printed if not given")
     parser.add_argument("--detector", default=Settings.detector, help=f"one of {', '.join(DETECTORS)}")
     args = parser.parse_args(argv)
-    try:
-        settings = Settings(args.detector)
-        if args.source.suffix == ".parquet":
-            return _many(args, settings)
-        found = analyse(stage.watched(films.read(args.source), args.source.name), settings.detector)
-        report = {"detector": settings.detector, "version": VERSION, "transitions": [asdict(each) for each in found]}
-        if args.report is None:
-            print(json.dumps(report, indent=1))
-        else:
-            stage.write_json(args.report, report)
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    settings = Settings(args.detector)
+    if args.source.suffix == ".parquet":
+        return _many(args, settings)
+    found = analyse(stage.watched(films.read(args.source), args.source.name), settings.detector)
+    report = {"detector": settings.detector, "version": VERSION, "transitions": [asdict(each) for each in found]}
+    if args.report is None:
+        print(json.dumps(report, indent=1))
+    else:
+        stage.write_json(args.report, report)
+    return 0
 
 
 def _many(args: argparse.Namespace, settings: Settings) -> int:

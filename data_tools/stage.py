@@ -8,7 +8,6 @@ A stage is a function (film, **options) -> Outcome. It goes through the film as 
 import argparse
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from data_tools import film as films
 from data_tools.film import Film, Picture
+from latte.command import command
 from latte.video import renamed_when_whole
 
 VERSION = "2"  # of the repairs: raised when one of them gives other pixels than before
@@ -77,6 +77,7 @@ def write_json(path: Path, value: Any) -> None:
         part.write_text(json.dumps(value, indent=1, default=float) + "\n")
 
 
+@command
 def main(stage: Callable[..., Outcome], parser: argparse.ArgumentParser, argv: list[str] | None = None) -> int:
     """The command line of a stage on one file. What `parser` knows already goes to the stage as options."""
     parser.add_argument("source", type=Path, help="a video file")
@@ -85,14 +86,10 @@ def main(stage: Callable[..., Outcome], parser: argparse.ArgumentParser, argv: l
     parser.add_argument("--crf", type=int, default=14, help="quality of the written film: 0 is lossless, 14 close to it")
     options = vars(parser.parse_args(argv))
     source, out, report, crf = (options.pop(name) for name in ("source", "out", "report", "crf"))
-    try:
-        films.check_crf(crf)
-        film = watched(films.read(source), f"{stage.__name__} {source.name}")
-        outcome = stage(film, **options)
-        finish(source, outcome, film, out, report, crf)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    films.check_crf(crf)
+    film = watched(films.read(source), f"{stage.__name__} {source.name}")
+    outcome = stage(film, **options)
+    finish(source, outcome, film, out, report, crf)
     if report is None:
         print(json.dumps(outcome.report(), indent=1, default=float))
     return 0

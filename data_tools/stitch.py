@@ -30,6 +30,7 @@ from data_tools import join, manifest, shots, timing
 from data_tools.film import TICKS, Film, Picture
 from data_tools.manifest import Job, Row
 from data_tools.stage import Edit
+from latte.command import command
 from latte.video import EPS_S
 
 VERSION = "1"
@@ -408,6 +409,7 @@ def _clip(row: Row, picked: np.ndarray, end: float, off: float, frames: int, set
     return row | spans | told | {"id": key, "picked": [float(time) for time in picked], "frames": frames, "scores": scores}
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_tools.stitch", description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="a manifest")
@@ -420,22 +422,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--frames", type=int, nargs="+", default=list(Settings.frames), help="of clips, the greatest first")
     parser.add_argument("--no-join", dest="join", action="store_false", help="look at no neighbouring files")
     args = parser.parse_args(argv)
-    try:
-        if args.out.resolve().parent != args.source.resolve().parent:
-            raise ValueError(f"--out: name a manifest in {args.source.resolve().parent}, where the paths of its rows start")
-        settings = Settings(args.fps, tuple(args.frames), args.jitter, args.join, args.crf, args.detector)
-        rows = manifest.read(args.source)
-        live, done = [row for row in rows if not row["dropped"]], [row for row in rows if row["dropped"]]
-        if args.gather:
-            done += gather(live, Job(args.out.parent, GatherSettings()))
-        else:
-            groups = itertools.groupby(sorted(live, key=group), group)
-            for _, members in tqdm(groups, desc="stitch", unit=" videos", disable=None):
-                done += work(list(members), Job(args.out.parent, settings))
-        manifest.write(args.out, done, manifest.about(args.source))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if args.out.resolve().parent != args.source.resolve().parent:
+        raise ValueError(f"--out: name a manifest in {args.source.resolve().parent}, where the paths of its rows start")
+    settings = Settings(args.fps, tuple(args.frames), args.jitter, args.join, args.crf, args.detector)
+    rows = manifest.read(args.source)
+    live, done = [row for row in rows if not row["dropped"]], [row for row in rows if row["dropped"]]
+    if args.gather:
+        done += gather(live, Job(args.out.parent, GatherSettings()))
+    else:
+        groups = itertools.groupby(sorted(live, key=group), group)
+        for _, members in tqdm(groups, desc="stitch", unit=" videos", disable=None):
+            done += work(list(members), Job(args.out.parent, settings))
+    manifest.write(args.out, done, manifest.about(args.source))
     print(f"{args.out}: {len(live)} clips in, {sum(not row['dropped'] for row in done)} out")
     return 0
 

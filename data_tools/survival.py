@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from latte import video
+from latte.command import command
 
 FORM = ("joined:", "cut:")  # reasons of rows that live on in others
 BINS = 32  # of a histogram
@@ -424,6 +425,7 @@ def of_run(folder: Path) -> list[tuple[str, dict[str, Any], Path]]:
         raise ValueError(f"{folder}: is not the folder of a run ({error})") from None
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_tools.survival", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="of a run")
@@ -432,11 +434,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the choice of thumbnails")
     args = parser.parse_args(argv)
     out = args.out or args.folder / "survival.html"
-    try:
-        print(page(of_run(args.folder), out, args.folder, args.thumbnails, args.seed))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    print(page(of_run(args.folder), out, args.folder, args.thumbnails, args.seed))
     print(out)
     return 0
 

@@ -24,6 +24,7 @@ from data_tools import manifest
 from data_tools.manifest import Row, sha256_of
 from data_tools.shard import text
 from data_tools.stage import write_json
+from latte.command import command
 
 SUFFIXES = ("json", "mp4", "txt")  # of a clip in a shard
 SHOWN = 50  # problems of a kind that are printed
@@ -180,6 +181,7 @@ def _frames(file: BinaryIO, place: str, row: _Wanted) -> Iterator[Problem]:
         yield Problem("span", place, f"lasts {times[-1] - times[0] + lasts:.3f} s, its row says {row.seconds:.3f} s")
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_tools.verify", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="of the set: manifest.parquet, shards, SHA256SUMS")
@@ -187,17 +189,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     kinds: Counter = Counter()
     problems = []
-    try:
-        for problem in verify(args.folder):
-            kinds[problem.kind] += 1
-            problems.append(problem._asdict())
-            if kinds[problem.kind] <= SHOWN:
-                tqdm.write(f"{problem.kind}: {problem.place}: {problem.told}")
-        if args.report:
-            write_json(args.report, {"counts": kinds, "problems": problems})
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    for problem in verify(args.folder):
+        kinds[problem.kind] += 1
+        problems.append(problem._asdict())
+        if kinds[problem.kind] <= SHOWN:
+            tqdm.write(f"{problem.kind}: {problem.place}: {problem.told}")
+    if args.report:
+        write_json(args.report, {"counts": kinds, "problems": problems})
     print(f"{args.folder}: " + (", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "all is as it was made"))
     return bool(problems)
 

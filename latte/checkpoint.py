@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from latte import config
+from latte.command import command
 from latte.optim import EMA, AdamW
 
 FORMAT = 1
@@ -322,10 +323,13 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-if __name__ == "__main__":
+@command
+def main() -> int:
     if len(sys.argv) < 3:
-        sys.exit("usage: python -m latte.checkpoint RUN OUT [sampler.key=value ...]")
-    try:
-        print(publish(sys.argv[1], sys.argv[2], sys.argv[3:]))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        raise ValueError("usage: python -m latte.checkpoint RUN OUT [sampler.key=value ...]")
+    print(publish(sys.argv[1], sys.argv[2], sys.argv[3:]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

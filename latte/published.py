@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from latte import checkpoint, config
 from latte.attention import sincos
+from latte.command import command
 from latte.config import DiffusionConfig, ModelConfig
 from latte.model import Latte, spatial_positions
 
@@ -463,6 +464,7 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -474,26 +476,22 @@ def main(argv: list[str] | None = None) -> int:
     out.add_argument("--base", default="", help="a Latte pipeline's folder or hub id to take tokenizer, text encoder and VAE from")
     out.add_argument("--push", metavar="OWNER/NAME", help="upload the folder to the hub")
     args = parser.parse_args(argv)
-    try:
-        if args.command == "show":
-            found = read(args.path, weights=False)
-            size = sum(value.numel() for value in found.state.values())
-            print(json.dumps({"kind": found.kind, "tensors": len(found.state), "parameters": size,
-                              "model": asdict(model_config(found))}, indent=1))
-            return 0
-        found = checkpoint.read(args.checkpoint)
-        model = Latte(found.config.model)
-        checkpoint.load_weights(model, found)
-        record = (f"{found.step} updates with this resolved config:\n\n```yaml\n{config.to_yaml(found.config)}```\n\nVersions: "
-                  f"{json.dumps(checkpoint.versions())}\n")
-        target = export(model, args.target, found.config.stages[-1].frames, found.config.diffusion, args.base, record)
-        print(target)
-        if args.push:
-            print(push(target, args.push))
+    if args.command == "show":
+        found = read(args.path, weights=False)
+        size = sum(value.numel() for value in found.state.values())
+        print(json.dumps({"kind": found.kind, "tensors": len(found.state), "parameters": size,
+                          "model": asdict(model_config(found))}, indent=1))
         return 0
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    found = checkpoint.read(args.checkpoint)
+    model = Latte(found.config.model)
+    checkpoint.load_weights(model, found)
+    record = (f"{found.step} updates with this resolved config:\n\n```yaml\n{config.to_yaml(found.config)}```\n\nVersions: "
+              f"{json.dumps(checkpoint.versions())}\n")
+    target = export(model, args.target, found.config.stages[-1].frames, found.config.diffusion, args.base, record)
+    print(target)
+    if args.push:
+        print(push(target, args.push))
+    return 0
 
 
 if __name__ == "__main__":

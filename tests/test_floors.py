@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 # From the ground up. A module imports from floors below its own, and from its own package. A new module needs a place here.
 FLOORS = [
-    {"latte.config", "latte.video", "latte.keyed"},
+    {"latte.config", "latte.video", "latte.keyed", "latte.command"},
     {"latte.attention", "latte.ops", "latte.diffusion", "latte.optim", "latte.metrics", "latte.world", "latte.guard"},
     {"latte.model", "latte.sampler"},
     {"latte.codec", "latte.text", "latte.checkpoint", "latte.parallel", "latte.precision", "latte.lean", "latte.hardware",
@@ -23,7 +23,7 @@ FLOORS = [
     {"train", "sample", "latte.evaluate", "latte.reproduce", "latte.app"},
 ]
 FOR_DATA_TOOLS = {"latte.config", "latte.video", "latte.world", "latte.text", "latte.codec", "latte.clips", "latte.cached",
-                  "latte.keyed"}
+                  "latte.keyed", "latte.command"}
 
 
 def python_files(*places):
