@@ -33,11 +33,12 @@ import torch
 from pebble import ProcessExpired, ProcessPool  # of the extra [data]; a worker that dies or hangs costs one clip
 from tqdm import tqdm
 
-from data_tools import bars, fill, ingest, manifest, networks, overlay, probe, restore, stage, ticker
+from data_tools import bars, ingest, manifest, networks, overlay, probe, restore, stage, ticker
 from data_tools import film as films
 from data_tools.deinterlace import deinterlace
 from data_tools.film import Film
 from data_tools.manifest import Job, Row
+from data_tools.repair import fill
 from data_tools.stage import VERSION, Outcome
 from latte import video
 from latte.clips import VIDEO_SUFFIXES

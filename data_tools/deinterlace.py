@@ -25,9 +25,9 @@ from functools import partial
 import cv2
 import numpy as np
 
-from data_tools import baked, blend, fields, fill, telecine
-from data_tools.fields import SAMPLE, Segment
 from data_tools.film import Film, Picture
+from data_tools.repair import baked, blend, fields, fill, telecine
+from data_tools.repair.fields import SAMPLE, Segment
 from data_tools.stage import Edit, Outcome, main
 
 FILM_RATES = {"2:3": Fraction(4, 5), "2:3:3:2": Fraction(4, 5), "euro": Fraction(24, 25)}  # pictures of film a picture
@@ -208,7 +208,7 @@ def _combs(pictures: list[Picture]) -> float:
 def command(argv: list[str] | None = None) -> int:
     """The command line of the stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grade", choices=fill.GRADES, default="fast", help="of the filled lines: see data_tools.fill")
+    parser.add_argument("--grade", choices=fill.GRADES, default="fast", help="of the filled lines: see data_tools.repair.fill")
     parser.add_argument("--rate", choices=fill.RATES, default="frame", help="of interlaced film: a picture a frame or a field")
     return main(deinterlace, parser, argv)
 

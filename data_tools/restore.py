@@ -14,8 +14,8 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
-from data_tools import dropout, ghost, smooth, timing, wear
 from data_tools.film import Film, Picture
+from data_tools.repair import dropout, ghost, smooth, timing, wear
 from data_tools.stage import Edit, Outcome, main
 
 SURE, FEWEST, HABIT = 2.0, 4, 0.04  # log odds of a sure repeat; how many, and which share, are not held drawings or chance

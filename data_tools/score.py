@@ -26,10 +26,11 @@ from av.video.frame import PictureType
 from scipy.signal import savgol_filter
 from tqdm import tqdm
 
-from data_tools import baked, fields, manifest, nets
 from data_tools import film as films
+from data_tools import manifest, nets
 from data_tools.film import Clip, Kind, Picture
 from data_tools.manifest import Job, Row
+from data_tools.repair import baked, fields
 from latte import video
 from latte.command import command
 from latte.video import EPS_S
@@ -417,7 +418,7 @@ def freeze(seen: Trace) -> float:
 
 
 def residual_comb(seen: Trace) -> float:
-    """The more certain of two signs: fields on lines of their own (data_tools.fields), and a rescaled comb (data_tools.baked)."""
+    """The more certain of two signs: fields on lines of their own (repair.fields), and a rescaled comb (repair.baked)."""
     if len(seen.in_a_row) < 8:
         raise Unknown("too few pictures")
     planes = np.stack(seen.in_a_row)

@@ -26,9 +26,10 @@ import numpy as np
 from tqdm import tqdm
 
 from data_tools import film as films
-from data_tools import join, manifest, shots, timing
+from data_tools import join, manifest, shots
 from data_tools.film import TICKS, Film, Picture
 from data_tools.manifest import Job, Row
+from data_tools.repair import timing
 from data_tools.stage import Edit
 from latte.command import command
 from latte.video import EPS_S

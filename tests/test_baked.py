@@ -6,9 +6,10 @@ import cv2
 import numpy as np
 import pytest
 
-from data_tools import baked, degrade, film
+from data_tools import degrade, film
 from data_tools.film import Clip
 from data_tools.measure import psnr
+from data_tools.repair import baked
 
 
 def scene(frames=40, seed=3, height=240, width=320) -> Clip:

@@ -7,10 +7,11 @@ import cv2
 import numpy as np
 import pytest
 
-from data_tools import baked, degrade, fields, film, measure
+from data_tools import degrade, film, measure
 from data_tools.deinterlace import _misfit, command, deinterlace
-from data_tools.fields import TOP, Segment, analyse, mark_of
 from data_tools.film import Clip, from_clip
+from data_tools.repair import baked, fields
+from data_tools.repair.fields import TOP, Segment, analyse, mark_of
 
 SIZE = {"height": 180, "width": 320}
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from data_tools import degrade, fill, film, measure, train_fill
+from data_tools import degrade, film, measure
 from data_tools.film import Picture
+from data_tools.repair import fill, train_fill
 
 GRADES = ("fast", "fine")
 

@@ -7,9 +7,10 @@ from functools import cache
 import numpy as np
 import pytest
 
-from data_tools import degrade, dropout, fill, ghost, smooth, wear
+from data_tools import degrade
 from data_tools.film import Clip, Picture, from_clip, read, to_clip
 from data_tools.measure import f1, psnr
+from data_tools.repair import dropout, fill, ghost, smooth, wear
 from data_tools.restore import restore
 from data_tools.stage import main
 

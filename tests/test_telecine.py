@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from data_tools import blend, degrade, film, measure, telecine
+from data_tools import degrade, film, measure
 from data_tools.film import Clip
+from data_tools.repair import blend, telecine
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,9 @@ import cv2
 import numpy as np
 import pytest
 
-from data_tools import blend, degrade, film, measure, timing
+from data_tools import degrade, film, measure
 from data_tools.film import Clip
+from data_tools.repair import blend, timing
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,10 @@ import cv2
 import numpy as np
 
 from cleanbench.common import Bench, Row, mean, sheet, through_filters
-from data_tools import baked, degrade, film
+from data_tools import degrade, film
 from data_tools.film import Clip
 from data_tools.measure import auc, psnr, recall_at
+from data_tools.repair import baked
 
 FAMILIES = ("synth", "bbb", "bikes", "car", "city")
 FOUND = ((0.5, "area"), (0.6, "area"), (2 / 3, "bicubic"), (0.75, "area"), (0.75, "bicubic"), (0.75, "lanczos"), (0.9, "bicubic"),

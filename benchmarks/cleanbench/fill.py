@@ -10,8 +10,9 @@ import time
 import numpy as np
 
 from cleanbench.common import Bench, Row, mean, sheet, through_filters
-from data_tools import degrade, fill, film, measure
+from data_tools import degrade, film, measure
 from data_tools.film import Clip
+from data_tools.repair import fill
 
 FAMILIES = ("synth", "bbb", "bikes", "car", "city")
 FILTERS = {"yadif": "yadif=mode=send_field:parity=tff:deint=all", "w3fdif": "w3fdif=mode=field:parity=tff:deint=all",

@@ -5,9 +5,10 @@ import subprocess
 import numpy as np
 
 from cleanbench.common import Bench, Row, mean, sheet, through_filters
-from data_tools import degrade, dropout, ghost, smooth, wear
+from data_tools import degrade
 from data_tools.film import Clip, from_clip, to_clip
 from data_tools.measure import f1, psnr
+from data_tools.repair import dropout, ghost, smooth, wear
 
 FAMILIES = ("synth", "bbb", "bikes", "car")
 SHARES = (0.3, 0.5, 0.7)

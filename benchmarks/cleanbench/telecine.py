@@ -5,9 +5,10 @@ import subprocess
 import numpy as np
 
 from cleanbench.common import Bench, Row, mean, sheet, through_filters
-from data_tools import blend, degrade, film, telecine
+from data_tools import degrade, film
 from data_tools.film import Clip
 from data_tools.measure import matched, psnr
+from data_tools.repair import blend, telecine
 
 CUTS = ((61, 1), (140, 2), (221, 3))  # fields left out after the pulldown
 ALIKE_DB = 40.0  # true pictures closer than this cannot be told apart once coded

@@ -7,9 +7,10 @@ import numpy as np
 
 from cleanbench.common import Bench, Row, mean, sheet
 from cleanbench.harm import without_repeats
-from data_tools import degrade, film, timing
+from data_tools import degrade, film
 from data_tools.film import Clip
 from data_tools.measure import f1
+from data_tools.repair import timing
 
 FAMILIES = ("synth", "bbb", "bikes", "car", "city")
 

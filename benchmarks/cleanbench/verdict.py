@@ -7,9 +7,10 @@ import av
 import numpy as np
 
 from cleanbench.common import FOOTAGE, Bench, Row, mean, sheet, through_filters
-from data_tools import degrade, fields, film, measure
+from data_tools import degrade, film, measure
 from data_tools.deinterlace import deinterlace
 from data_tools.film import Clip, from_clip
+from data_tools.repair import fields
 
 WORDS = "THE QUICK BROWN FOX JUMPS OVER THE LAZY DOG AND RUNS FAR AWAY INTO THE WOODS"
 KINDS = {"progressive": "progressive", "tff": "interlaced", "bff": "interlaced", "telecine": "telecine", "shifted": "telecine",

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from data_tools.fill import deinterlace
 from data_tools.film import Picture, around
+from data_tools.repair.fill import deinterlace
 
 Fill = Callable[[Iterator[Picture], str, str], Iterator[Picture]]  # (pictures, order, rate): as fill.deinterlace
 

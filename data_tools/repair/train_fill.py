@@ -1,6 +1,6 @@
-"""Trains the network that fills the missing lines of interlaced pictures (data_tools/fill.py, grade fine).
+"""Trains the network that fills the missing lines of interlaced pictures (data_tools/repair/fill.py, grade fine).
 
-    python -m data_tools.train_fill [--out data_tools/weights/fill.safetensors] [--width 32] [--depth 3] [--steps N] [--clips N]
+    python -m data_tools.repair.train_fill [--out FILE.safetensors] [--width 32] [--depth 3] [--steps N] [--clips N]
 
 Half an hour on one CPU core; to reach: a loss of 0.30, and in the bench (benchmarks/cleanbench/fill.py) 4 to 6 dB above bwdif.
 A larger network for a GPU is a matter of --width and --depth.
@@ -28,8 +28,9 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data_tools import degrade, fill, film
+from data_tools import degrade, film
 from data_tools.film import Clip
+from data_tools.repair import fill
 from latte import keyed
 from latte.video import renamed_when_whole
 

@@ -267,7 +267,7 @@ def _even(plane: np.ndarray) -> np.ndarray:
 def _network() -> Fill:
     """The trained network. Raises ValueError when the file of its weights is missing."""
     if not WEIGHTS.exists():
-        raise ValueError(f"{WEIGHTS} is missing; python -m data_tools.train_fill makes it")
+        raise ValueError(f"{WEIGHTS} is missing; python -m data_tools.repair.train_fill makes it")
     return load(WEIGHTS)
 
 

@@ -1,7 +1,7 @@
-"""Trains the two heads and the network of data_tools/baked.py on damage of our own making.
+"""Trains the two heads and the network of data_tools/repair/baked.py on damage of our own making.
 
-    python -m data_tools.train_baked heads --out data_tools/weights/baked.json
-    python -m data_tools.train_baked network --out data_tools/weights/baked.safetensors
+    python -m data_tools.repair.train_baked heads --out data_tools/repair/weights/baked.json
+    python -m data_tools.repair.train_baked network --out data_tools/repair/weights/baked.safetensors
 
 A sample is a short clip with a known answer: woven from twice as many pictures, rescaled and coded, or one of the things that are
 mistaken for it: the same scene unwoven at the same scale, noise, fine textures, text, repeated, blended, averaged and trailed
@@ -27,7 +27,9 @@ from torch import nn
 from tqdm import tqdm
 
 from data_tools import degrade, film
-from data_tools.baked import (
+from data_tools.film import Clip
+from data_tools.measure import auc, recall_at
+from data_tools.repair.baked import (
     KERNELS,
     LEAST_UP,
     Look,
@@ -42,9 +44,7 @@ from data_tools.baked import (
     native,
     spread,
 )
-from data_tools.film import Clip
-from data_tools.measure import auc, recall_at
-from data_tools.train_fill import PHOTOGRAPHS
+from data_tools.repair.train_fill import PHOTOGRAPHS
 from latte import keyed
 
 FOOTAGE = (("city.mpg", 190), ("carphone_pristine.mp4", 120))  # files and how many pictures of them have no cut
