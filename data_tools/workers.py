@@ -26,6 +26,7 @@ from pebble import ProcessExpired, ProcessPool  # of the extra [data]
 from data_tools import manifest
 from data_tools.manifest import Job, Row
 
+RAY_CALLS, RAY_TOGETHER = 1024, 16  # batches given to Ray at once; of these in a task, at most
 ENVIRONMENT = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT}  # no clip's fault: the run ends
 
 
@@ -126,9 +127,10 @@ def on_processes(calls: Iterable[Call], workers: int, timeout_s: float) -> Itera
 
 
 def on_ray(calls: Iterable[Call], workers: int, timeout_s: float, address: str = "") -> Iterator[tuple[Call, str | None]]:
-    """The same on Ray Data, a task a batch; address: of a running cluster, or a new one on this machine.
+    """The same on Ray Data; address: of a running cluster, or a new one on this machine.
 
-    Ray knows no time limit, so a watch ends a worker that takes longer; it does not tell why a worker ended.
+    A task does several batches: Ray takes tenths of a second to hand out the next one. It knows no time limit, so a watch ends a
+    worker that takes longer, and it does not tell why a worker ended.
     """
     try:
         import ray.data
@@ -142,23 +144,28 @@ def on_ray(calls: Iterable[Call], workers: int, timeout_s: float, address: str =
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars, context.print_on_execution_start = False, False
     context.max_errored_blocks = -1  # a batch that is lost is done again, alone
-    calls = iter(calls)
-    while chunk := list(itertools.islice(calls, 1024)):
+    cpus, calls = max(1, int(ray.cluster_resources().get("CPU", workers))), iter(calls)
+    while chunk := list(itertools.islice(calls, RAY_CALLS)):
         waiting = {call.job.number: call for call in chunk}
-        items = [{"number": number, "call": pickle.dumps(call), "limit_s": timeout_s * len(call.rows)}
-                 for number, call in waiting.items()]
+        together = max(1, min(RAY_TOGETHER, len(chunk) // (8 * cpus)))  # eight tasks a worker, so that all end together
+        items = [{"calls": pickle.dumps(part), "timeout_s": timeout_s} for part in (
+            chunk[i:i + together] for i in range(0, len(chunk), together))]
         blocks = ray.data.from_items(items, override_num_blocks=len(items))
         for row in blocks.map(_do_on_ray, num_cpus=1, ray_remote_args_fn=lambda: {"max_retries": 0}).iter_rows():
-            yield waiting.pop(row["number"]), row["wrong"] or None
-        for call in waiting.values():
-            yield call, f"ended its process, or took longer than {timeout_s:g} s"
+            for number, wrong in pickle.loads(row["ended"]):
+                yield waiting.pop(number), wrong
+        for call in waiting.values():  # of tasks whose worker ended, which had done some of them
+            yield call, None if call.part.is_file() else f"ended its process, or took longer than {timeout_s:g} s"
 
 
-def _do_on_ray(item: dict[str, Any]) -> dict[str, Any]:
-    watch = threading.Timer(item["limit_s"], os._exit, (1,))
-    watch.daemon = True
-    watch.start()
-    try:
-        return {"number": item["number"], "wrong": _do(pickle.loads(item["call"])) or ""}
-    finally:
-        watch.cancel()
+def _do_on_ray(item: dict[str, Any]) -> dict[str, bytes]:
+    ended = []
+    for call in pickle.loads(item["calls"]):
+        watch = threading.Timer(item["timeout_s"] * len(call.rows), os._exit, (1,))
+        watch.daemon = True
+        watch.start()
+        try:
+            ended.append((call.job.number, _do(call)))
+        finally:
+            watch.cancel()
+    return {"ended": pickle.dumps(ended)}
