@@ -7,6 +7,7 @@ steps are optimizer updates unless a name says otherwise. This is the only file 
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -89,6 +90,27 @@ class CodecConfig:
         _require(self.chunk_frames >= 1, "codec.chunk_frames", f"must be at least 1, got {self.chunk_frames}")
         _require(self.tile_size >= 0, "codec.tile_size", f"must be 0 or a size in pixels, got {self.tile_size}")
         _require(self.kind == "pixels" or bool(self.path), "codec.path", "an autoencoder needs a hub id or a folder")
+
+
+@dataclass(kw_only=True)
+class AutoencoderConfig:
+    """What latte.train_codec trains."""
+
+    latent_channels: int = 8
+    widths: list[int] = field(default_factory=lambda: [16, 32, 64, 128])  # of its stages; each one halves height and width
+    noise: float = 0.15  # standard deviation of what is added to latents before they are decoded, so that small errors show little
+    latent_weight: float = 1.0e-3  # of half the mean square of the latents in the loss; it keeps their size near 1
+    foreground: float = 10.0  # a pixel weighs 1 + this times its distance from the batch's mean picture, in units of half the range
+
+    def __post_init__(self):
+        _require(len(self.widths) >= 2, "autoencoder.widths", f"needs at least two stages, got {self.widths}")
+        for before, after in pairwise(self.widths):
+            _require(4 * before % after == 0 and after % 4 == 0, "autoencoder.widths",
+                     f"each must be a multiple of 4 and divide four times the one before it, got {after} after {before}")
+        _require(self.latent_channels >= 1 and self.widths[-1] % self.latent_channels == 0, "autoencoder.latent_channels",
+                 f"must divide the last width ({self.widths[-1]}), got {self.latent_channels}")
+        for name in ("noise", "latent_weight", "foreground"):
+            _require(getattr(self, name) >= 0, f"autoencoder.{name}", f"must not be negative, got {getattr(self, name)}")
 
 
 @dataclass(kw_only=True)
@@ -364,6 +386,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     text: TextConfig = field(default_factory=TextConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -20,7 +20,7 @@ FLOORS = [
     {"latte.cached", "latte.lora"},
     {"latte.data", "latte.trace"},
     {"latte.pipeline", "latte.plan"},
-    {"train", "sample", "latte.evaluate", "latte.reproduce", "latte.app"},
+    {"train", "sample", "latte.train_codec", "latte.evaluate", "latte.reproduce", "latte.app"},
 ]
 FOR_DATA_TOOLS = {"latte.config", "latte.video", "latte.world", "latte.text", "latte.codec", "latte.clips", "latte.cached",
                   "latte.keyed", "latte.command"}

@@ -1,0 +1,141 @@
+"""Trains a codec for frames that no published VAE suits, such as the embedded world's small ones.
+
+    python -m latte.train_codec configs/NAME.yaml [section.key=value ...]
+
+A deep-compression autoencoder (Chen et al., arXiv 2410.10733, diffusers' AutoencoderDC) learns the frames of data and stages, as the
+section autoencoder says. RUN/vae is then a folder for codec.path. The same command again goes on from the newest checkpoint.
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from latte import checkpoint, config, keyed
+from latte.command import command
+from latte.config import AutoencoderConfig, Config
+from latte.data import Batch, make_loader, open_clips, table
+from latte.optim import EMA, lr_at, make_optimizer
+from latte.runlog import RunLog
+
+MEASURED = 32  # batches that tell the spread of the latents
+
+
+def build(cfg: AutoencoderConfig) -> torch.nn.Module:
+    """A new autoencoder: the first stage only halves the picture, each other one has a residual block."""
+    from diffusers import AutoencoderDC  # takes seconds to import
+
+    stages = len(cfg.widths)
+    layers, plain = (0, *[1] * (stages - 1)), ((),) * stages
+    return AutoencoderDC(
+        latent_channels=cfg.latent_channels, encoder_block_out_channels=tuple(cfg.widths), encoder_layers_per_block=layers,
+        encoder_qkv_multiscales=plain, decoder_block_out_channels=tuple(cfg.widths), decoder_layers_per_block=layers,
+        decoder_qkv_multiscales=plain)
+
+
+def losses(vae: torch.nn.Module, x: Tensor, noise: Tensor, cfg: AutoencoderConfig) -> tuple[Tensor, Tensor]:
+    """The loss of frames [b 3 h w] in [-1, 1] and the mean squared error of their pixels. noise: standard normal, like the latents.
+
+    Absolute and squared error, where frames differ from their mean weighs more: most pixels of most clips are background.
+    """
+    z = vae.encode(x).latent.float()
+    off = vae.decode(z + cfg.noise * noise).sample.float() - x
+    weight = 1 + cfg.foreground * (x - x.mean(0)).abs().amax(1, keepdim=True)
+    loss = (weight * (off.abs() + off.square())).mean() + cfg.latent_weight / 2 * z.square().mean()
+    return loss, off.square().mean()
+
+
+def train(cfg: Config) -> Path:
+    """Trains or resumes; gives the folder of the autoencoder. Raises ValueError or OSError with the cause."""
+    if cfg.data.source == "cache":
+        raise ValueError("data.source: a cache holds latents already; give what they are made of: world, folder or manifest")
+    autocast = "no" if cfg.train.mixed_precision == "fp32" else cfg.train.mixed_precision
+    accelerator = Accelerator(mixed_precision=autocast, log_with=cfg.train.trackers or None, project_dir=cfg.run)
+    if accelerator.num_processes > 1:
+        raise ValueError("the autoencoder is trained by one process; run it without accelerate launch")
+    with checkpoint.lock(cfg.run):
+        return _train(cfg, accelerator)
+
+
+def _train(cfg: Config, accelerator: Accelerator) -> Path:
+    clips = open_clips(cfg.data, cfg.seed, cfg.stages)
+    held = table(clips, cfg.stages)
+    torch.manual_seed(cfg.seed)  # initial weights only
+    vae = build(cfg.autoencoder).to(accelerator.device, memory_format=torch.channels_last)
+    factor = vae.spatial_compression_ratio
+    for key, shape in cfg.shapes():
+        if shape.height % factor or shape.width % factor:
+            raise ValueError(f"{key}.height: height and width must divide by {factor}, the pixels a latent, got {shape}")
+    optimizer, ema = make_optimizer(vae, cfg.optim, seed=cfg.seed), EMA(vae, cfg.optim.ema_decay)
+    found, wrong = checkpoint.newest_good(cfg.run)
+    start = checkpoint.load(found, vae, ema, optimizer) if found else 0
+    writer = checkpoint.Writer(cfg.run, cfg.train.keep_checkpoints, cfg.train.keep_every_steps)
+    with contextlib.closing(RunLog(cfg, accelerator, start)) as log, contextlib.closing(writer):
+        log.say(f"{cfg.run}: from update {start} to {cfg.total_steps}, {sum(p.numel() for p in vae.parameters()):,} weights")
+        log.say(held)
+        for why in wrong:
+            log.event("checkpoint", start, f"passed over a damaged checkpoint: {why}")
+        done = torch.ones((), device=accelerator.device)
+        for batch in make_loader(clips, cfg.data, cfg.stages, cfg.seed, start):
+            x, step = _frames(batch, accelerator.device), batch.step
+            optimizer.begin(step, lr_at(step, cfg.optim, cfg.total_steps, cfg.stages[batch.stage].learning_rate))
+            shape = (len(x), cfg.autoencoder.latent_channels, x.shape[2] // factor, x.shape[3] // factor)
+            noise = torch.from_numpy(keyed.normal(shape, cfg.seed, "latent noise", step)).to(x)
+            with accelerator.autocast():
+                loss, error = losses(vae, x, noise, cfg.autoencoder)
+            accelerator.backward(loss)
+            if cfg.optim.grad_clip:
+                torch.nn.utils.clip_grad_norm_(vae.parameters(), cfg.optim.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            ema.update(vae, step, done)
+            log.step(batch.stage)
+            final = step + 1 == cfg.total_steps
+            if final or (step + 1) % cfg.train.log_every_steps == 0:
+                log.metrics(step + 1, {"stage": batch.stage, "loss": loss.item(), "psnr_db": 10 * math.log10(4 / error.item())})
+            if final or (step + 1) % cfg.train.save_every_steps == 0:
+                writer.save(step + 1, cfg, vae, ema, optimizer)
+            writer.check()
+        writer.finish()
+    with torch.no_grad():
+        for name, value in vae.named_parameters():
+            value.copy_(ema.weights[name])
+    return _publish(vae, cfg, (_frames(batch, accelerator.device) for batch in make_loader(clips, cfg.data, cfg.stages, cfg.seed)))
+
+
+def _frames(batch: Batch, device: torch.device) -> Tensor:
+    return batch.x.flatten(0, 1).to(device).contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def _publish(vae: torch.nn.Module, cfg: Config, frames) -> Path:
+    """Writes RUN/vae, whose scaling factor gives latents a standard deviation of 1."""
+    values = torch.cat([vae.encode(x).latent.flatten() for _, x in zip(range(MEASURED), frames, strict=False)])
+    vae.register_to_config(scaling_factor=1 / values.std().item())
+    folder = Path(cfg.run) / "vae"
+    part = folder.with_name(f".vae.{os.getpid()}.part")
+    vae.to(memory_format=torch.contiguous_format).save_pretrained(part)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+    return folder
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a YAML file of configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_intermixed_args(argv)
+    print(train(config.load(args.config, args.overrides)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
