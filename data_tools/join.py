@@ -21,20 +21,22 @@ from data_tools import film as films
 from data_tools.film import Picture
 
 WIDTH, CELL = 320, 16  # columns of the shrunk pictures, at most; pixels a side of the cells whose differences are looked at
-SIDE = 4  # pictures on each side of a join whose motion is compared
+SIDE, BESIDE = 6, 3  # pictures on each side of a join whose motion is looked at; steps on each side that the join's must resemble
 HEAD = 24  # pictures of the second film that are looked for in the first
 SLACK_S, ROOM_S = 0.5, 1.0  # by which listed times may be wrong; what is read besides
 # Limits, chosen on spans that the bench does not test with. A difference is that of the cells that differ most, in levels.
 SAME = 0.6  # the same picture twice differs by less than this share of what neighbours do
 TIE, CODING = 1.25, 9.0  # where nothing moves, the listed place may differ by so much more than the best, and by so many levels
 NEAR = 2.5  # steps that pieces may be listed apart, or over each other, without the same picture in both
-UNEVEN = 0.5  # steps, deviation of those around the join: more tells nothing
-STEPS = 0.47  # steps of the motion that a join may be more or less than one
-SLOW, STILL = 1.0, 0.04  # pixels a step: below, longer ways are measured too; below, motion tells nothing
-HELD = 0.2  # steps: a picture that moves by less, beside others that move, is held
-LEFT = (1.3, 3.0)  # difference when the motion is taken out: times the most around, and levels
+UNEVEN = 0.7  # steps, deviation of those beside the join: more tells nothing
+STEPS = 0.42  # steps of the motion that a join may be more or less than one
+STILL = 0.04  # pixels a step: below, motion tells nothing
+HELD = 0.15  # steps: a picture that moves by less, beside others that move, is held
+QUIVER = 0.05  # variance of flow, pixels squared, that codecs make of nothing
+LEFT = (1.15, 2.6)  # difference when the motion is taken out: times the most around, and levels
 APART = (1.3, 1.0)  # distance of the flow from that around: times the most around, and pixels
-LEVEL = (1.0, 2.2)  # change of level or colour beside those around: times their range, and levels
+LEVEL = (1.3, 1.3)  # change of level or colour beside those around: times their range, and levels
+SAME_LEVEL = 2.2  # levels that the same pictures may be apart
 
 
 class Edge(NamedTuple):
@@ -133,7 +135,7 @@ def _same(before: Edge, after: Edge, overlap: float) -> Join | None:
         best = listed
     count = min(m, n - best)
     apart = np.abs(before.levels[best:best + count] - after.levels[:count]).max(1)
-    measures = {"same": mean[best] / max(CODING, SAME * usual), "level": np.median(apart) / LEVEL[1],
+    measures = {"same": mean[best] / max(CODING, SAME * usual), "level": np.median(apart) / SAME_LEVEL,
                 "worst": np.diagonal(table, -best)[:count].max() / (2 * mean[best] + CODING)}
     at = count // 2 if count < m else m // 2
     return _verdict("the same pictures differ", measures, (before.at_s[best + at] + before.at_s[min(best + at + 1, n - 1)]) / 2,
@@ -152,9 +154,13 @@ def _differs(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _most(difference: np.ndarray, side: int) -> float:
-    h, w = difference.shape
-    cells = cv2.resize(difference[:h // side * side, :w // side * side], (w // side, h // side), interpolation=cv2.INTER_AREA)
-    return float(np.quantile(cells, 0.95))
+    return float(np.quantile(_in_cells(difference, side), 0.95))
+
+
+def _in_cells(values: np.ndarray, side: int = CELL) -> np.ndarray:
+    """Means of cells of [h w] or [h w c]."""
+    h, w = values.shape[:2]
+    return cv2.resize(values[:h // side * side, :w // side * side], (w // side, h // side), interpolation=cv2.INTER_AREA)
 
 
 # The next picture
@@ -170,29 +176,35 @@ class _Step(NamedTuple):
 def _next(before: Edge, after: Edge, first: int, step_s: float) -> Join:
     """The join where picture `first` of `after` follows the last one of `before`."""
     y = [*before.y[-SIDE:], *after.y[first:first + SIDE]]
-    levels = np.concatenate([before.levels[-SIDE:], after.levels[first:first + SIDE]])
-    here = SIDE - 1  # the step of the join
     flows = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     steps = [_step(flows, *pair) for pair in pairwise(y)]
-    others = [step for i, step in enumerate(steps) if i != here]
-    usual = np.mean([step.flow for step in others], 0)
-    speed = float(np.mean([_apart(step, np.zeros(2)) for step in others]))
+    gone = np.array(_gone(steps, SIDE - 1, y))
+    near = slice(SIDE - 1 - BESIDE, SIDE + BESIDE)
+    steps, gone, here = steps[near], gone[near], BESIDE
+    others, beside = steps[:here] + steps[here + 1:], np.delete(gone, here)
+    levels = np.concatenate([before.levels[-SIDE:], after.levels[first:first + SIDE]])[near.start:near.stop + 1]
     change = np.column_stack([[step.level for step in steps], np.diff(levels[:, 1:], axis=0)])
     around = np.delete(change, here, 0)
-    beside = np.abs(change[here] - around.mean(0)) / (LEVEL[0] * np.ptp(around, axis=0) + LEVEL[1])
-    measures = {"level": beside.max(), "left": _share(steps[here].left, [step.left for step in others], LEFT),
-                "apart": _share(_apart(steps[here], usual), [_apart(step, usual) for step in others], APART)}
-    if speed > STILL:
-        gone = [_along(step.flow, usual) for step in steps]
-        measures["held"] = HELD / max(min(gone[:here] + gone[here + 1:]), 1e-3)
-        measures["uneven"] = float(np.std(gone[:here] + gone[here + 1:])) / UNEVEN
-        far = gone[here]
-        if speed < SLOW:  # less than the codec's noise: ways over the join of two steps and three, less what is not the join
-            ways = [_along(_step(flows, y[here - i], y[here + 1 + j]).flow, usual) - i - j for i, j in ((1, 0), (0, 1), (1, 1))]
-            far = (far + float(np.median(ways))) / 2
-        measures["steps"] = abs(far - 1) / STEPS
+    usual = np.mean([step.flow for step in others], 0)
+    measures = {
+        "level": (np.abs(change[here] - around.mean(0)) / (LEVEL[0] * np.ptp(around, axis=0) + LEVEL[1])).max(),
+        "left": _share(steps[here].left, [step.left for step in others], LEFT),
+        "apart": _share(_apart(steps[here], usual), [_apart(step, usual) for step in others], APART)}
+    if np.mean([_apart(step, np.zeros(2)) for step in others]) > STILL:
+        measures |= {"held": HELD / max(beside.min(), 1e-3), "uneven": beside.std() / UNEVEN, "steps": abs(gone[here] - 1) / STEPS}
     return _verdict("does not go on", measures, before.at_s[-1] + step_s / 2, after.at_s[first],
                     before.at_s[-1] + step_s - after.at_s[first])
+
+
+def _gone(steps: list[_Step], here: int, y: list[np.ndarray]) -> np.ndarray:
+    """How many times the usual motion each step goes [steps], by the cells whose flow is to be believed: those that hold texture
+    and move evenly. Over a join of slow and coded pictures a plain mean is out by a step as often as not."""
+    cells = np.array([_in_cells(step.flow) for step in steps])  # [steps h w 2]
+    around = np.delete(cells, here, 0)
+    usual = around.mean(0)
+    texture = np.mean([_in_cells(sum(map(np.abs, cv2.spatialGradient(one)))) for one in y], 0)
+    sure = np.sqrt(texture / (around.var(0).sum(2) + QUIVER))[..., None]
+    return (sure * cells * usual).sum((1, 2, 3)) / ((sure * usual * usual).sum() + 1e-9)
 
 
 def _step(flows: cv2.DISOpticalFlow, a: np.ndarray, b: np.ndarray) -> _Step:
@@ -203,11 +215,6 @@ def _step(flows: cv2.DISOpticalFlow, a: np.ndarray, b: np.ndarray) -> _Step:
     back = cv2.remap(b.astype(np.float32), x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     difference = (back - a) * inside
     return _Step(flow, _most(np.abs(difference), CELL), float(difference.sum() / max(inside.sum(), 1)))
-
-
-def _along(flow: np.ndarray, usual: np.ndarray) -> float:
-    """How many times the usual flow a flow goes in its direction."""
-    return float((flow * usual).sum() / ((usual * usual).sum() + 1e-9))
 
 
 def _apart(step: _Step, usual: np.ndarray) -> float:

@@ -34,7 +34,7 @@ from data_tools.stage import Edit
 from latte.command import command
 from latte.video import EPS_S
 
-VERSION = "1"
+VERSION = "2"
 SPOKEN_S = 2.0  # a listed clip with so much, or half of itself or of the clip, in a picked clip lends it its caption
 EVEN_S = 0.001  # by which times in a file may be rounded
 AROUND_S = 2.0  # of a joined film around a join where changes of shot are looked for: each file holds but a half of them

@@ -2,8 +2,8 @@
 
     python -m latte.train_codec configs/NAME.yaml [section.key=value ...]
 
-A deep-compression autoencoder (Chen et al., arXiv 2410.10733, diffusers' AutoencoderDC) learns the frames of data and stages, as the
-section autoencoder says. RUN/vae is then a folder for codec.path. The same command again goes on from the newest checkpoint.
+A deep-compression autoencoder (Chen et al., arXiv 2410.10733, diffusers' AutoencoderDC) learns the frames of data and stages, as
+the section autoencoder says. RUN/vae is then a folder for codec.path. The same command again goes on from the newest checkpoint.
 """
 
 import argparse
