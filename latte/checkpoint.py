@@ -35,6 +35,7 @@ from latte.command import command
 from latte.optim import EMA, AdamW
 
 FORMAT = 1
+VAE = "vae"  # the folder of a checkpoint's own autoencoder, and codec.path where there is one
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,10 @@ class Writer:
 
 
 def write(path: Path, step: int, cfg: config.Config, tensors: dict[str, dict[str, torch.Tensor]],
-          extra: dict | None = None) -> Path:
+          extra: dict | None = None, vae: Path | None = None) -> Path:
     """Writes a checkpoint folder of the given safetensors files, beside `path` first. Replaces what is there.
+
+    vae: a folder of an autoencoder, which is copied in; `read` finds it there.
 
     state.json, which names the others and their hashes, is written last. Raises OSError with the path when it cannot be written;
     other checkpoints are then untouched.
@@ -124,10 +127,13 @@ def write(path: Path, step: int, cfg: config.Config, tensors: dict[str, dict[str
         beside.mkdir(parents=True)
         for name, values in tensors.items():
             save_file({k: v.detach().cpu().contiguous() for k, v in values.items()}, beside / name)
-        state = {"format": FORMAT, "step": step, "files": {name: _sha256(beside / name) for name in tensors},
+        if vae is not None:
+            shutil.copytree(vae, beside / VAE)
+        files = sorted(file.relative_to(beside).as_posix() for file in beside.rglob("*") if file.is_file())
+        state = {"format": FORMAT, "step": step, "files": {name: _sha256(beside / name) for name in files},
                  "config": config.to_dict(cfg), "versions": versions(), "extra": extra or {}}
         (beside / "state.json").write_text(json.dumps(state | {"sha256": _digest(state)}, indent=1))
-        for file in beside.iterdir():
+        for file in beside.rglob("*"):
             _sync(file)
         shutil.rmtree(path, ignore_errors=True)
         os.rename(beside, path)
@@ -172,7 +178,10 @@ def read(path: str | Path) -> Checkpoint:
             raise ValueError(f"{path / name}: missing from the checkpoint")
         if _sha256(path / name) != digest:
             raise ValueError(f"{path / name}: damaged, its SHA-256 is not the one in state.json")
-    return Checkpoint(path, step, config.from_dict(config.upgraded(values)), files, extra)
+    cfg = config.from_dict(config.upgraded(values))
+    if cfg.codec.path == VAE and (path / VAE).is_dir():
+        cfg.codec.path = str(path / VAE)
+    return Checkpoint(path, step, cfg, files, extra)
 
 
 def newest_good(run: str | Path, up_to: int | None = None) -> tuple[Checkpoint | None, list[str]]:
@@ -246,12 +255,17 @@ def load(checkpoint: Checkpoint, model: nn.Module, ema: EMA, optimizer: AdamW) -
 def publish(source: str | Path, out: str | Path, overrides: list[str] = ()) -> Path:
     """A checkpoint to share from a whole one: its EMA weights in float16, enough to sample, a tenth of the size.
 
-    `overrides` change its config, such as the sampler's defaults, which are best chosen after training.
+    `overrides` change its config, such as the sampler's defaults, which are best chosen after training. An autoencoder that lies
+    in a folder comes with it; one of the hub stays there.
     """
     found = read(source)
     cfg = config.from_dict(config.to_dict(found.config), overrides)
+    vae = Path(cfg.codec.path, cfg.codec.subfolder)
+    vae = vae if cfg.codec.kind == "autoencoder" and vae.is_dir() else None
+    if vae:
+        cfg.codec.path, cfg.codec.subfolder = VAE, ""
     weights = {name: value.half() for name, value in _tensors(found, "ema.safetensors").items()}
-    return write(Path(out), found.step, cfg, {"ema.safetensors": weights})
+    return write(Path(out), found.step, cfg, {"ema.safetensors": weights}, vae=vae)
 
 
 def weights_sha256(weights: dict[str, torch.Tensor]) -> str:
