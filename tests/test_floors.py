@@ -189,7 +189,8 @@ def test_the_tree_in_the_readme_is_true():
     assert len(named) > 15
     missing = sorted(path for path in named if not (ROOT / path).exists())
     assert not missing, f"the README's tree names what is not there: {missing}"
-    modules = {str(path.relative_to(ROOT)) for place in (".", "latte", "data_tools", "data_tools/repair") for path in (ROOT / place).glob("*.py")}
+    places = (ROOT / place for place in (".", "latte", "data_tools", "data_tools/repair"))
+    modules = {str(path.relative_to(ROOT)) for place in places for path in place.glob("*.py")}
     unnamed = sorted(path for path in modules - named if not path.endswith("__init__.py"))
     assert not unnamed, f"the README's tree lacks {unnamed}"
 
