@@ -12,9 +12,10 @@ from latte import keyed, video
 from latte.config import WorldConfig
 from latte.world import selfcheck
 from latte.world.caption import caption, parse
-from latte.world.judge import FLOORS, compare, judge, main, observe
+from latte.world.judge import judge, main
 from latte.world.render import render
 from latte.world.scene import CAMERAS, Camera, Object, Phase, Scene, centres, radii, sample_scene
+from latte.world.verdict import FLOORS, compare, observe
 from latte.world.vision import follow, name_camera, register, segment
 
 TIMES = np.arange(128) / 8

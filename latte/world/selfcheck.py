@@ -16,22 +16,6 @@ import numpy as np
 
 from latte import keyed
 from latte.config import WorldConfig
-from latte.world.judge import (
-    FLOORS,
-    KEPT,
-    MOST,
-    SIZE_STEP,
-    SLACK_S,
-    WEIGHTS,
-    Verdict,
-    compare,
-    judge,
-    match,
-    observe,
-    same_count,
-    same_time,
-    tally,
-)
 from latte.world.render import coverage, render
 from latte.world.scene import (
     COLOURS,
@@ -46,6 +30,22 @@ from latte.world.scene import (
     sample_scene,
     stage,
     visible,
+)
+from latte.world.verdict import (
+    FLOORS,
+    KEPT,
+    MOST,
+    SIZE_STEP,
+    SLACK_S,
+    WEIGHTS,
+    Verdict,
+    compare,
+    judge,
+    match,
+    observe,
+    same_count,
+    same_time,
+    tally,
 )
 
 FPS = 8.0
