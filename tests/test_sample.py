@@ -117,3 +117,10 @@ def test_an_unknown_path_ends_the_program_with_1(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith(f"error: {tmp_path / 'none'}: no such file or folder")
+
+
+def test_the_shared_checkpoint_draws_and_is_judged(tmp_path, capsys):
+    shared = ROOT / "runs" / "shapes-cpu" / "checkpoint"
+    assert sample.main([str(shared), "--prompt", "a large red circle moves to the left", "--out", str(tmp_path / "clip.mp4"),
+                        "--frames", "8", "--steps", "2"]) == 0
+    assert "judge:" in capsys.readouterr().out
