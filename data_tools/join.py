@@ -178,7 +178,7 @@ def _next(before: Edge, after: Edge, first: int, step_s: float) -> Join:
     y = [*before.y[-SIDE:], *after.y[first:first + SIDE]]
     flows = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     steps = [_step(flows, *pair) for pair in pairwise(y)]
-    gone = np.array(_gone(steps, SIDE - 1, y))
+    gone = _gone(steps, SIDE - 1, y)
     near = slice(SIDE - 1 - BESIDE, SIDE + BESIDE)
     steps, gone, here = steps[near], gone[near], BESIDE
     others, beside = steps[:here] + steps[here + 1:], np.delete(gone, here)
