@@ -74,10 +74,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, backe
     """softmax(q k^T / sqrt(k) + bias) v  (Vaswani et al., 2017).
 
     q [b heads n k], k and v [b heads l k]; bias broadcasts to [b heads n l] and gets no gradient. Returns [b heads n k].
+    Of a single key and no bias, as a frame that is one token has it, the softmax is 1 and nothing is computed.
     Raises ValueError when the back-end cannot run here.
     """
     if backend not in ("sdpa", "math") and not torch.compiler.is_compiling():
         require(backend, q.device.type, q.dtype, q.shape[-1], q.requires_grad)
+    if k.shape[-2] == 1 and bias is None:
+        return v.expand_as(q) + (q[..., :0].sum() + k[..., :0].sum())  # of nothing: gradients of 0 for what made q and k
     return BACKENDS[backend](q, k, v, None if bias is None else bias.to(q.dtype))
 
 

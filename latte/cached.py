@@ -35,7 +35,7 @@ class CachedClips:
     """The clips of a cache, with the numbers and draws of the source that it was made from: x are latents (float32), and states and
     std are set where the cache has them.
 
-    `channels`, `factor` and `time_factor` are those of the codec, `text_width` that of the states (0 = no text).
+    `channels`, `factor`, `time_factor` and `fold` are those of the codec, `text_width` that of the states (0 = no text).
     Raises ValueError naming the setting in which the run and the cache differ, or the file that is missing or damaged.
     """
 
@@ -53,6 +53,7 @@ class CachedClips:
         self.classes, self.dropped = self._index["classes"], self._index["dropped"]
         self.channels, self.factor, self.time_factor, self.text_width = (
             self._index[name] for name in ("channels", "factor", "time_factor", "text_width"))
+        self.fold = self._index.get("fold", 1)  # caches made before there were such codecs do not tell
         self._held = {(*held["shape"][:3], tuple(held["shape"][3])): held for held in self._index["shapes"]}
         _check_shapes(self.folder, list(self._held), shapes, self._index["source"], self.time_factor)
         self._skipped = {(lost["shape"], lost["entry"]): f"{lost['clip']}: {lost['reason']}" for lost in self._index["skipped"]}

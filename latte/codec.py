@@ -36,9 +36,11 @@ class VideoCodec:
     factor       pixels per latent in height and in width
     time_factor  frames per latent in time, 1 for VAEs that see single frames. A causal video VAE turns 1 + k * time_factor
                  frames into 1 + k latents.
+    fold         frames that a VAE takes as one picture of 3 * fold channels, as those of latte.train_codec may; 1 for all others.
+                 k * fold frames become k latents, and time_factor is fold.
 
     What cutting a clip up (cfg.chunk_frames, cfg.tile_size) does to the numbers:
-    - Frames of an image VAE are independent: chunks of frames change nothing but float rounding.
+    - Frames of an image VAE, or folds of them, are independent: chunks of frames change nothing but float rounding.
     - A causal video VAE carries its own state along time: all frames go in at once, and chunk_frames is not used.
     - The temporal decoder normalises over all frames that it gets: a clip longer than chunk_frames is decoded in windows
       that overlap by a quarter and are blended, so it has no seams but differs slightly from a decode in one piece.
@@ -52,7 +54,7 @@ class VideoCodec:
         """weights=False reads the VAE's config alone and leaves its weights random: enough to plan with."""
         self.cfg = cfg
         self.vae = None
-        self.channels, self.factor, self.time_factor = 3, 1, 1
+        self.channels, self.factor, self.time_factor, self.fold = 3, 1, 1, 1
         if cfg.kind == "pixels":
             return
         self.vae = _load_vae(cfg, weights).eval()
@@ -63,6 +65,8 @@ class VideoCodec:
         self.factor = facts.get("spatial_compression_ratio") or 2 ** (len(config["block_out_channels"]) - 1)
         self.time_factor = int(_first(facts.get("temporal_compression_ratio"), config.get("temporal_compression_ratio"),
                                       config.get("scale_factor_temporal"), 1))
+        if self.time_factor == 1 and config.get("in_channels", 3) % 3 == 0:
+            self.time_factor = self.fold = config.get("in_channels", 3) // 3
         if cfg.tile_size % (4 * self.factor):
             raise ValueError(f"codec.tile_size: must be a multiple of {4 * self.factor}, four latents of this VAE, "
                              f"got {cfg.tile_size}")
@@ -77,10 +81,11 @@ class VideoCodec:
 
     @classmethod
     def told(cls, cfg: CodecConfig, cache) -> "VideoCodec":
-        """A codec without a VAE, which only knows the shapes of a cache's latents: of its channels, factor and time_factor."""
+        """A codec without a VAE, which only knows the shapes of a cache's latents."""
         codec = cls.__new__(cls)
         codec.cfg, codec.vae = cfg, None
-        codec.channels, codec.factor, codec.time_factor = cache.channels, cache.factor, cache.time_factor
+        codec.channels, codec.factor = cache.channels, cache.factor
+        codec.time_factor, codec.fold = cache.time_factor, cache.fold
         return codec
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -88,14 +93,15 @@ class VideoCodec:
         if height % self.factor or width % self.factor:
             raise ValueError(f"height and width must be multiples of {self.factor}, the codec's pixels per latent, "
                              f"got {height}x{width}")
-        return 1 + -(-(frames - 1) // self.time_factor), self.channels, height // self.factor, width // self.factor
+        latents = -(-frames // self.fold) if self._still else 1 + -(-(frames - 1) // self.time_factor)
+        return latents, self.channels, height // self.factor, width // self.factor
 
     @torch.no_grad()
     def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """Pixels [b f 3 h w] in [-1, 1] -> scaled latents [b f' c h' w'] float32, see latent_shape.
 
         The mean of the VAE's posterior, or, with noise (standard normal, shaped like the latents), a sample of it.
-        A causal video VAE is given the last frame again until the number of frames fits.
+        A VAE that sees several frames is given the last one again until their number fits.
         """
         if self.vae is None:
             return x
@@ -108,14 +114,13 @@ class VideoCodec:
         x = x.contiguous()  # other layouts in memory have other kernels, which round differently
         b, f, _, h, w = x.shape
         latents, _, _, _ = self.latent_shape(f, h, w)
-        if self.time_factor == 1:
-            pieces = rearrange(x, "b f c h w -> (b f) c h w").split(self.cfg.chunk_frames)
-        else:
-            padding = 1 + (latents - 1) * self.time_factor - f
+        padding = (latents * self.fold if self._still else 1 + (latents - 1) * self.time_factor) - f
+        if padding:
             x = torch.cat([x, x[:, -1:].expand(-1, padding, -1, -1, -1)], dim=1)
-            pieces = rearrange(x, "b f c h w -> b c f h w").split(1)
+        clips = rearrange(x, "b f c h w -> b c f h w")
+        pieces = folded(x, self.fold).split(self._chunk) if self._still else clips.split(1)
         moments = torch.cat([_tiled(self._moments, piece, self.cfg.tile_size, self.factor) for piece in pieces])
-        if self.time_factor == 1:
+        if self._still:
             moments = rearrange(moments, "(b f) c h w -> b f c h w", b=b)
         else:
             moments = rearrange(moments, "b c f h w -> b f c h w")
@@ -130,7 +135,7 @@ class VideoCodec:
         b = z.shape[0]
         z = z.float() / self.scale + self.mean
         tile = self.cfg.tile_size // self.factor
-        if self.time_factor > 1:
+        if not self._still:
             pieces = rearrange(z, "b f c h w -> b c f h w").split(1)
             x = torch.cat([_tiled(self._pixels, piece, tile) for piece in pieces])
             x = rearrange(x, "b c f h w -> b f c h w")
@@ -138,10 +143,20 @@ class VideoCodec:
             x = torch.stack([_windows(lambda part: _tiled(self._pixels, part, tile), clip, 0, self.cfg.chunk_frames)
                              for clip in z])
         else:
-            pieces = rearrange(z, "b f c h w -> (b f) c h w").split(self.cfg.chunk_frames)
+            pieces = rearrange(z, "b f c h w -> (b f) c h w").split(self._chunk)
             x = torch.cat([_tiled(self._pixels, piece, tile) for piece in pieces])
-            x = rearrange(x, "(b f) c h w -> b f c h w", b=b)
+            x = rearrange(x, "(b f) (t c) h w -> b (f t) c h w", b=b, t=self.fold)
         return x[:, :frames]
+
+    @property
+    def _still(self) -> bool:
+        """Whether the VAE sees pictures, not time."""
+        return self.time_factor == self.fold
+
+    @property
+    def _chunk(self) -> int:
+        """Pictures that the VAE is given at once."""
+        return max(1, self.cfg.chunk_frames // self.fold)
 
     def _decoder_sees_time(self) -> bool:
         return type(self.vae).__name__ == "AutoencoderKLTemporalDecoder"
@@ -156,6 +171,11 @@ class VideoCodec:
     def _pixels(self, z: Tensor) -> Tensor:
         frames = {"num_frames": len(z)} if self._decoder_sees_time() else {}
         return self.vae.decode(z.to(self.vae.dtype), **frames).sample.float()
+
+
+def folded(x: Tensor, fold: int) -> Tensor:
+    """Frames [b (f fold) c h w] -> pictures [(b f) (fold c) h w], whose channels are those of `fold` frames in order."""
+    return rearrange(x, "b (f t) c h w -> (b f) (t c) h w", t=fold)
 
 
 def _load_vae(cfg: CodecConfig, weights: bool):

@@ -97,6 +97,7 @@ class AutoencoderConfig:
     """What latte.train_codec trains."""
 
     latent_channels: int = 8
+    fold: int = 1  # frames that are coded together, as the channels of one picture
     widths: list[int] = field(default_factory=lambda: [16, 32, 64, 128])  # of its stages; each one halves height and width
     noise: float = 0.15  # standard deviation of what is added to latents before they are decoded, so that small errors show little
     latent_weight: float = 1.0e-3  # of half the mean square of the latents in the loss; it keeps their size near 1
@@ -109,6 +110,7 @@ class AutoencoderConfig:
                      f"each must be a multiple of 4 and divide four times the one before it, got {after} after {before}")
         _require(self.latent_channels >= 1 and self.widths[-1] % self.latent_channels == 0, "autoencoder.latent_channels",
                  f"must divide the last width ({self.widths[-1]}), got {self.latent_channels}")
+        _require(self.fold >= 1, "autoencoder.fold", f"must be at least 1, got {self.fold}")
         for name in ("noise", "latent_weight", "foreground"):
             _require(getattr(self, name) >= 0, f"autoencoder.{name}", f"must not be negative, got {getattr(self, name)}")
 

@@ -74,6 +74,16 @@ def test_backend_equals_the_formula(backend, n, l, masked, device):
             torch.testing.assert_close(mine.double(), theirs, **close)
 
 
+@pytest.mark.parametrize("n", [1, 5])
+def test_of_a_single_key_nothing_is_computed_and_all_have_gradients(n):
+    q, k, v = tensors(n, 1)
+    expected, gradients = formula(q, k, v)
+    y = attention(q, k, v)
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-7)
+    for mine, theirs in zip(torch.autograd.grad((y * ramp(y)).sum(), (q, k, v)), gradients, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("limit", [0, 256 * 256])
 def test_bfloat16_on_a_cpu_equals_the_formula_either_way(monkeypatch, limit):
     monkeypatch.setattr(module, "PLAIN_LOGITS", limit)
