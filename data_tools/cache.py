@@ -149,7 +149,6 @@ def build(cfg: Config, out: Path, dtype: str = "float32", shard_mib: int = 256, 
             "codec": {"settings": cached.codec_settings(cfg.codec), "fingerprint": fingerprint},
             "text": {"settings": cached.text_settings(cfg.text), "fingerprint": text_fingerprint} if text else None,
             "channels": maker.codec.channels, "factor": maker.codec.factor, "time_factor": maker.codec.time_factor,
-            "fold": maker.codec.fold,
             "text_width": kept.facts[words[0].name].get("width", 0),
             "shapes": [{
                 "number": k, "shape": shape_key(shape), "size": sizes[k], "dropped": source.pool(shape).dropped,

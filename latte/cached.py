@@ -35,7 +35,7 @@ class CachedClips:
     """The clips of a cache, with the numbers and draws of the source that it was made from: x are latents (float32), and states and
     std are set where the cache has them.
 
-    `channels`, `factor`, `time_factor` and `fold` are those of the codec, `text_width` that of the states (0 = no text).
+    `channels`, `factor` and `time_factor` are those of the codec, `text_width` that of the states (0 = no text).
     Raises ValueError naming the setting in which the run and the cache differ, or the file that is missing or damaged.
     """
 
@@ -53,7 +53,6 @@ class CachedClips:
         self.classes, self.dropped = self._index["classes"], self._index["dropped"]
         self.channels, self.factor, self.time_factor, self.text_width = (
             self._index[name] for name in ("channels", "factor", "time_factor", "text_width"))
-        self.fold = self._index.get("fold", 1)  # caches made before there were such codecs do not tell
         self._held = {(*held["shape"][:3], tuple(held["shape"][3])): held for held in self._index["shapes"]}
         _check_shapes(self.folder, list(self._held), shapes, self._index["source"], self.time_factor)
         self._skipped = {(lost["shape"], lost["entry"]): f"{lost['clip']}: {lost['reason']}" for lost in self._index["skipped"]}
@@ -177,7 +176,7 @@ def codec_settings(cfg: CodecConfig) -> dict[str, Any]:
     if cfg.kind == "pixels":
         return {"codec.kind": cfg.kind}
     return {"codec.kind": cfg.kind, "codec.posterior": cfg.posterior, "codec.dtype": cfg.dtype, "codec.tile_size": cfg.tile_size,
-            "codec.path": cfg.path, "codec.subfolder": cfg.subfolder}
+            "codec.fold": cfg.fold, "codec.waves": cfg.waves, "codec.path": cfg.path, "codec.subfolder": cfg.subfolder}
 
 
 def text_settings(cfg: TextConfig) -> dict[str, Any]:
@@ -197,6 +196,7 @@ def codec_fingerprint(cfg: CodecConfig) -> str | None:
         if not weights:
             return None
         facts += [cfg.posterior, cfg.dtype, cfg.tile_size, _facts(root / cfg.subfolder), weights]
+        facts += [cfg.fold, cfg.waves] if cfg.fold > 1 else []
     return digest(facts)
 
 

@@ -3,6 +3,7 @@
 Letters: b batch, f frames, c channels, h w height and width. Pixels are [b f 3 h w] in [-1, 1].
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -36,11 +37,12 @@ class VideoCodec:
     factor       pixels per latent in height and in width
     time_factor  frames per latent in time, 1 for VAEs that see single frames. A causal video VAE turns 1 + k * time_factor
                  frames into 1 + k latents.
-    fold         frames that a VAE takes as one picture of 3 * fold channels, as those of latte.train_codec may; 1 for all others.
-                 k * fold frames become k latents, and time_factor is fold.
+    fold         cfg.fold. Where it is above 1, the latents of so many frames become one of cfg.waves times the channels: the
+                 slowest terms of their discrete cosine transform along time (Ahmed et al., 1974). k * fold frames become k
+                 latents, and time_factor is fold. Motion that is even over a fold in a latent's space passes with two terms.
 
     What cutting a clip up (cfg.chunk_frames, cfg.tile_size) does to the numbers:
-    - Frames of an image VAE, or folds of them, are independent: chunks of frames change nothing but float rounding.
+    - Frames of an image VAE are independent: chunks of frames change nothing but float rounding.
     - A causal video VAE carries its own state along time: all frames go in at once, and chunk_frames is not used.
     - The temporal decoder normalises over all frames that it gets: a clip longer than chunk_frames is decoded in windows
       that overlap by a quarter and are blended, so it has no seams but differs slightly from a decode in one piece.
@@ -54,7 +56,7 @@ class VideoCodec:
         """weights=False reads the VAE's config alone and leaves its weights random: enough to plan with."""
         self.cfg = cfg
         self.vae = None
-        self.channels, self.factor, self.time_factor, self.fold = 3, 1, 1, 1
+        self.channels, self.factor, self.time_factor, self.fold = 3, 1, 1, cfg.fold
         if cfg.kind == "pixels":
             return
         self.vae = _load_vae(cfg, weights).eval()
@@ -65,8 +67,11 @@ class VideoCodec:
         self.factor = facts.get("spatial_compression_ratio") or 2 ** (len(config["block_out_channels"]) - 1)
         self.time_factor = int(_first(facts.get("temporal_compression_ratio"), config.get("temporal_compression_ratio"),
                                       config.get("scale_factor_temporal"), 1))
-        if self.time_factor == 1 and config.get("in_channels", 3) % 3 == 0:
-            self.time_factor = self.fold = config.get("in_channels", 3) // 3
+        if self.fold > 1:
+            if self.time_factor > 1:
+                raise ValueError(f"codec.fold: must be 1 for a VAE that codes {self.time_factor} frames together, got {self.fold}")
+            self.channels, self.time_factor = self.channels * cfg.waves, self.fold
+            self.waves = _cosines(self.fold, cfg.waves).to(device)
         if cfg.tile_size % (4 * self.factor):
             raise ValueError(f"codec.tile_size: must be a multiple of {4 * self.factor}, four latents of this VAE, "
                              f"got {cfg.tile_size}")
@@ -81,11 +86,10 @@ class VideoCodec:
 
     @classmethod
     def told(cls, cfg: CodecConfig, cache) -> "VideoCodec":
-        """A codec without a VAE, which only knows the shapes of a cache's latents."""
+        """A codec without a VAE, which only knows the shapes of a cache's latents: of its channels, factor and time_factor."""
         codec = cls.__new__(cls)
-        codec.cfg, codec.vae = cfg, None
-        codec.channels, codec.factor = cache.channels, cache.factor
-        codec.time_factor, codec.fold = cache.time_factor, cache.fold
+        codec.cfg, codec.vae, codec.fold = cfg, None, cfg.fold
+        codec.channels, codec.factor, codec.time_factor = cache.channels, cache.factor, cache.time_factor
         return codec
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -93,15 +97,20 @@ class VideoCodec:
         if height % self.factor or width % self.factor:
             raise ValueError(f"height and width must be multiples of {self.factor}, the codec's pixels per latent, "
                              f"got {height}x{width}")
-        latents = -(-frames // self.fold) if self._still else 1 + -(-(frames - 1) // self.time_factor)
+        latents = -(-frames // self.fold) if self.by_frame else 1 + -(-(frames - 1) // self.time_factor)
         return latents, self.channels, height // self.factor, width // self.factor
+
+    @property
+    def by_frame(self) -> bool:
+        """Whether the VAE codes each frame by itself."""
+        return self.time_factor == self.fold
 
     @torch.no_grad()
     def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """Pixels [b f 3 h w] in [-1, 1] -> scaled latents [b f' c h' w'] float32, see latent_shape.
 
         The mean of the VAE's posterior, or, with noise (standard normal, shaped like the latents), a sample of it.
-        A VAE that sees several frames is given the last one again until their number fits.
+        The last frame is repeated until the number of frames fits a causal video VAE, or the fold.
         """
         if self.vae is None:
             return x
@@ -114,28 +123,42 @@ class VideoCodec:
         x = x.contiguous()  # other layouts in memory have other kernels, which round differently
         b, f, _, h, w = x.shape
         latents, _, _, _ = self.latent_shape(f, h, w)
-        padding = (latents * self.fold if self._still else 1 + (latents - 1) * self.time_factor) - f
-        if padding:
+        if not self.by_frame:
+            padding = 1 + (latents - 1) * self.time_factor - f
             x = torch.cat([x, x[:, -1:].expand(-1, padding, -1, -1, -1)], dim=1)
-        clips = rearrange(x, "b f c h w -> b c f h w")
-        pieces = folded(x, self.fold).split(self._chunk) if self._still else clips.split(1)
-        moments = torch.cat([_tiled(self._moments, piece, self.cfg.tile_size, self.factor) for piece in pieces])
-        if self._still:
-            moments = rearrange(moments, "(b f) c h w -> b f c h w", b=b)
+            pieces = rearrange(x, "b f c h w -> b c f h w").split(1)
         else:
+            pieces = rearrange(x, "b f c h w -> (b f) c h w").split(self.cfg.chunk_frames)
+        moments = torch.cat([_tiled(self._moments, piece, self.cfg.tile_size, self.factor) for piece in pieces])
+        if not self.by_frame:
             moments = rearrange(moments, "b c f h w -> b f c h w")
+        else:
+            moments = rearrange(moments, "(b f) c h w -> b f c h w", b=b)
         mean, std = moments.chunk(2, dim=2)  # [b f' c h' w'] each
-        return (mean - self.mean) * self.scale, std * self.scale
+        mean, std = (mean - self.mean) * self.scale, std * self.scale
+        return (mean, std) if self.fold == 1 else (self._folded(mean, self.waves), self._folded(std**2, self.waves**2).sqrt())
+
+    def _folded(self, z: Tensor, waves: Tensor) -> Tensor:
+        """[b f c h w] -> [b f/fold (waves c) h w]: sums of each fold, weighted by waves [waves fold]."""
+        z = torch.cat([z, z[:, -1:].expand(-1, -z.shape[1] % self.fold, -1, -1, -1)], dim=1)
+        return torch.einsum("kt,bftchw->bfkchw", waves, z.unflatten(1, (-1, self.fold))).flatten(2, 3)
+
+    def _unfolded(self, z: Tensor) -> Tensor:
+        """[b f (waves c) h w] -> [b (f fold) c h w]."""
+        back = self.waves * (self.fold / len(self.waves))  # the waves are orthogonal, but not of length 1
+        return torch.einsum("kt,bfkchw->bftchw", back, z.unflatten(2, (len(self.waves), -1))).flatten(1, 2)
 
     @torch.no_grad()
     def decode(self, z: Tensor, frames: int | None = None) -> Tensor:
         """Scaled latents [b f' c h' w'] -> pixels [b f 3 h w] float32, about [-1, 1]; only the first `frames` if given."""
         if self.vae is None:
             return z[:, :frames]
-        b = z.shape[0]
-        z = z.float() / self.scale + self.mean
+        b, z = z.shape[0], z.float()
+        if self.fold > 1:
+            z = self._unfolded(z)
+        z = z / self.scale + self.mean
         tile = self.cfg.tile_size // self.factor
-        if not self._still:
+        if not self.by_frame:
             pieces = rearrange(z, "b f c h w -> b c f h w").split(1)
             x = torch.cat([_tiled(self._pixels, piece, tile) for piece in pieces])
             x = rearrange(x, "b c f h w -> b f c h w")
@@ -143,20 +166,10 @@ class VideoCodec:
             x = torch.stack([_windows(lambda part: _tiled(self._pixels, part, tile), clip, 0, self.cfg.chunk_frames)
                              for clip in z])
         else:
-            pieces = rearrange(z, "b f c h w -> (b f) c h w").split(self._chunk)
+            pieces = rearrange(z, "b f c h w -> (b f) c h w").split(self.cfg.chunk_frames)
             x = torch.cat([_tiled(self._pixels, piece, tile) for piece in pieces])
-            x = rearrange(x, "(b f) (t c) h w -> b (f t) c h w", b=b, t=self.fold)
+            x = rearrange(x, "(b f) c h w -> b f c h w", b=b)
         return x[:, :frames]
-
-    @property
-    def _still(self) -> bool:
-        """Whether the VAE sees pictures, not time."""
-        return self.time_factor == self.fold
-
-    @property
-    def _chunk(self) -> int:
-        """Pictures that the VAE is given at once."""
-        return max(1, self.cfg.chunk_frames // self.fold)
 
     def _decoder_sees_time(self) -> bool:
         return type(self.vae).__name__ == "AutoencoderKLTemporalDecoder"
@@ -171,11 +184,6 @@ class VideoCodec:
     def _pixels(self, z: Tensor) -> Tensor:
         frames = {"num_frames": len(z)} if self._decoder_sees_time() else {}
         return self.vae.decode(z.to(self.vae.dtype), **frames).sample.float()
-
-
-def folded(x: Tensor, fold: int) -> Tensor:
-    """Frames [b (f fold) c h w] -> pictures [(b f) (fold c) h w], whose channels are those of `fold` frames in order."""
-    return rearrange(x, "b (f t) c h w -> (b f) (t c) h w", t=fold)
 
 
 def _load_vae(cfg: CodecConfig, weights: bool):
@@ -193,6 +201,13 @@ def _load_vae(cfg: CodecConfig, weights: bool):
         return getattr(diffusers, name).from_pretrained(cfg.path, torch_dtype=getattr(torch, cfg.dtype), **place)
     except (OSError, ValueError) as error:
         raise ValueError(f"codec.path: {where} is neither a folder nor a hub id of a diffusers VAE ({error})") from error
+
+
+def _cosines(fold: int, waves: int) -> Tensor:
+    """The first rows [waves fold] of the type-II cosine transform, of length sqrt(waves / fold): what a still clip becomes has
+    the mean square that it had."""
+    rows = torch.cos(math.pi / fold * (torch.arange(fold) + 0.5) * torch.arange(waves)[:, None])
+    return rows * math.sqrt(waves / fold) / rows.norm(dim=1, keepdim=True)
 
 
 def _first(*values):

@@ -83,6 +83,8 @@ class CodecConfig:
     subfolder: str = ""  # e.g. "vae" inside a pipeline folder
     chunk_frames: int = 16  # frames encoded or decoded at once
     tile_size: int = 0  # pixels; 0 = whole frames
+    fold: int = 1  # frames whose latents become one, by a cosine transform along time; for VAEs that code frames by themselves
+    waves: int = 1  # terms of it that are kept, the slowest first: 1 = the mean, 2 = even motion as well
     posterior: Literal["mean", "sample"] = "mean"  # what training takes from the VAE's posterior
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
@@ -90,6 +92,9 @@ class CodecConfig:
         _require(self.chunk_frames >= 1, "codec.chunk_frames", f"must be at least 1, got {self.chunk_frames}")
         _require(self.tile_size >= 0, "codec.tile_size", f"must be 0 or a size in pixels, got {self.tile_size}")
         _require(self.kind == "pixels" or bool(self.path), "codec.path", "an autoencoder needs a hub id or a folder")
+        _require(self.fold >= 1, "codec.fold", f"must be at least 1, got {self.fold}")
+        _require(self.fold == 1 or self.kind == "autoencoder", "codec.fold", "needs codec.kind = autoencoder")
+        _require(1 <= self.waves <= self.fold, "codec.waves", f"must be between 1 and codec.fold ({self.fold}), got {self.waves}")
 
 
 @dataclass(kw_only=True)
@@ -97,7 +102,6 @@ class AutoencoderConfig:
     """What latte.train_codec trains."""
 
     latent_channels: int = 8
-    fold: int = 1  # frames that are coded together, as the channels of one picture
     widths: list[int] = field(default_factory=lambda: [16, 32, 64, 128])  # of its stages; each one halves height and width
     noise: float = 0.15  # standard deviation of what is added to latents before they are decoded, so that small errors show little
     latent_weight: float = 1.0e-3  # of half the mean square of the latents in the loss; it keeps their size near 1
@@ -110,7 +114,6 @@ class AutoencoderConfig:
                      f"each must be a multiple of 4 and divide four times the one before it, got {after} after {before}")
         _require(self.latent_channels >= 1 and self.widths[-1] % self.latent_channels == 0, "autoencoder.latent_channels",
                  f"must divide the last width ({self.widths[-1]}), got {self.latent_channels}")
-        _require(self.fold >= 1, "autoencoder.fold", f"must be at least 1, got {self.fold}")
         for name in ("noise", "latent_weight", "foreground"):
             _require(getattr(self, name) >= 0, f"autoencoder.{name}", f"must not be negative, got {getattr(self, name)}")
 

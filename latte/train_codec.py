@@ -3,8 +3,7 @@
     python -m latte.train_codec configs/NAME.yaml [section.key=value ...]
 
 A deep-compression autoencoder (Chen et al., arXiv 2410.10733, diffusers' AutoencoderDC) learns the frames of data and stages, as
-the section autoencoder says. autoencoder.fold frames in a row are one picture to it, so that a latent holds a short span of time.
-RUN/vae is then a folder for codec.path. The same command again goes on from the newest checkpoint.
+the section autoencoder says. RUN/vae is then a folder for codec.path. The same command again goes on from the newest checkpoint.
 """
 
 import argparse
@@ -20,7 +19,6 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from latte import checkpoint, config, keyed
-from latte.codec import folded
 from latte.command import command
 from latte.config import AutoencoderConfig, Config
 from latte.data import Batch, make_loader, open_clips, table
@@ -37,21 +35,20 @@ def build(cfg: AutoencoderConfig) -> torch.nn.Module:
     stages = len(cfg.widths)
     layers, plain = (0, *[1] * (stages - 1)), ((),) * stages
     return AutoencoderDC(
-        in_channels=3 * cfg.fold, latent_channels=cfg.latent_channels,
-        encoder_block_out_channels=tuple(cfg.widths), encoder_layers_per_block=layers, encoder_qkv_multiscales=plain,
-        decoder_block_out_channels=tuple(cfg.widths), decoder_layers_per_block=layers, decoder_qkv_multiscales=plain)
+        latent_channels=cfg.latent_channels, encoder_block_out_channels=tuple(cfg.widths), encoder_layers_per_block=layers,
+        encoder_qkv_multiscales=plain, decoder_block_out_channels=tuple(cfg.widths), decoder_layers_per_block=layers,
+        decoder_qkv_multiscales=plain)
 
 
 def losses(vae: torch.nn.Module, x: Tensor, noise: Tensor, cfg: AutoencoderConfig) -> tuple[Tensor, Tensor]:
-    """The loss of folded frames [b (fold 3) h w] in [-1, 1] and the mean squared error of their pixels.
+    """The loss of frames [b 3 h w] in [-1, 1] and the mean squared error of their pixels. noise: standard normal, like the latents.
 
-    noise: standard normal, like the latents. Absolute and squared error, where frames differ from their mean weighs more: most
-    pixels of most clips are background.
+    Absolute and squared error, where frames differ from their mean weighs more: most pixels of most clips are background.
     """
     z = vae.encode(x).latent.float()
     off = vae.decode(z + cfg.noise * noise).sample.float() - x
-    weight = 1 + cfg.foreground * (x - x.mean(0)).abs().unflatten(1, (cfg.fold, 3)).amax(2, keepdim=True)  # [b fold 1 h w]
-    loss = (weight * (off.abs() + off.square()).unflatten(1, (cfg.fold, 3))).mean() + cfg.latent_weight / 2 * z.square().mean()
+    weight = 1 + cfg.foreground * (x - x.mean(0)).abs().amax(1, keepdim=True)
+    loss = (weight * (off.abs() + off.square())).mean() + cfg.latent_weight / 2 * z.square().mean()
     return loss, off.square().mean()
 
 
@@ -76,8 +73,6 @@ def _train(cfg: Config, accelerator: Accelerator) -> Path:
     for key, shape in cfg.shapes():
         if shape.height % factor or shape.width % factor:
             raise ValueError(f"{key}.height: height and width must divide by {factor}, the pixels a latent, got {shape}")
-        if shape.frames % cfg.autoencoder.fold:
-            raise ValueError(f"{key}.frames: must divide by autoencoder.fold ({cfg.autoencoder.fold}), got {shape.frames}")
     optimizer, ema = make_optimizer(vae, cfg.optim, seed=cfg.seed), EMA(vae, cfg.optim.ema_decay)
     found, wrong = checkpoint.newest_good(cfg.run)
     start = checkpoint.load(found, vae, ema, optimizer) if found else 0
@@ -89,7 +84,7 @@ def _train(cfg: Config, accelerator: Accelerator) -> Path:
             log.event("checkpoint", start, f"passed over a damaged checkpoint: {why}")
         done = torch.ones((), device=accelerator.device)
         for batch in make_loader(clips, cfg.data, cfg.stages, cfg.seed, start):
-            x, step = _pictures(batch, cfg, accelerator.device), batch.step
+            x, step = _frames(batch, accelerator.device), batch.step
             optimizer.begin(step, lr_at(step, cfg.optim, cfg.total_steps, cfg.stages[batch.stage].learning_rate))
             shape = (len(x), cfg.autoencoder.latent_channels, x.shape[2] // factor, x.shape[3] // factor)
             noise = torch.from_numpy(keyed.normal(shape, cfg.seed, "latent noise", step)).to(x)
@@ -112,12 +107,11 @@ def _train(cfg: Config, accelerator: Accelerator) -> Path:
     with torch.no_grad():
         for name, value in vae.named_parameters():
             value.copy_(ema.weights[name])
-    loader = make_loader(clips, cfg.data, cfg.stages, cfg.seed)
-    return _publish(vae, cfg, (_pictures(batch, cfg, accelerator.device) for batch in loader))
+    return _publish(vae, cfg, (_frames(batch, accelerator.device) for batch in make_loader(clips, cfg.data, cfg.stages, cfg.seed)))
 
 
-def _pictures(batch: Batch, cfg: Config, device: torch.device) -> Tensor:
-    return folded(batch.x, cfg.autoencoder.fold).to(device).contiguous(memory_format=torch.channels_last)
+def _frames(batch: Batch, device: torch.device) -> Tensor:
+    return batch.x.flatten(0, 1).to(device).contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()

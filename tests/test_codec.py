@@ -13,6 +13,7 @@ from diffusers import (
     UNet2DModel,
 )
 from einops import rearrange
+from scipy.fft import dct
 from torch import nn
 
 from latte.codec import VideoCodec, _windows, to_frames, to_tensor
@@ -202,6 +203,43 @@ def test_video_vaes(tmp_path, name, frames):
     if name == "wan":
         std = torch.tensor(vae.config.latents_std).view(-1, 1, 1)
         torch.testing.assert_close(codec.scale, 1 / std)
+
+
+def test_a_fold_is_a_cosine_transform_along_time(tmp_path):
+    plain = codec_of(image_vae(), tmp_path)
+    codec = VideoCodec(CodecConfig(kind="autoencoder", path=str(tmp_path), fold=4, waves=2, chunk_frames=3))
+    assert (codec.channels, codec.factor, codec.time_factor, codec.by_frame) == (8, 4, 4, True)
+    assert [codec.latent_shape(f, 32, 48)[0] for f in (1, 4, 5, 16)] == [1, 1, 2, 4]
+    x = clip(f=6)
+    mean, std = plain.posterior(torch.cat([x, x[:, -1:], x[:, -1:]], dim=1))  # the last frame fills up
+    waves = dct(np.eye(4), norm="ortho", axis=0)[:2] * 0.5**0.5
+    folded, spread = codec.posterior(x)
+    assert folded.shape[1:] == codec.latent_shape(6, 32, 48)
+    for k in range(2):
+        wanted = sum(mean[:, t::4] * waves[k, t] for t in range(4))
+        torch.testing.assert_close(folded[:, :, 4 * k:4 * k + 4], wanted, atol=1e-5, rtol=1e-4)
+        wanted = sum(std[:, t::4]**2 * waves[k, t]**2 for t in range(4)).sqrt()
+        torch.testing.assert_close(spread[:, :, 4 * k:4 * k + 4], wanted, atol=1e-5, rtol=1e-4)
+    still = clip(f=1).expand(-1, 8, -1, -1, -1)
+    torch.testing.assert_close(codec.decode(codec.encode(still), 7), plain.decode(plain.encode(still))[:, :7], atol=1e-4, rtol=0)
+    assert codec.encode(still).square().mean() == pytest.approx(plain.encode(still).square().mean().item(), rel=1e-5)
+
+
+def test_a_fold_with_all_its_waves_loses_nothing(tmp_path):
+    plain = codec_of(image_vae(), tmp_path)
+    codec = VideoCodec(CodecConfig(kind="autoencoder", path=str(tmp_path), fold=4, waves=4))
+    x = clip(f=6)
+    torch.testing.assert_close(codec.decode(codec.encode(x), 6), plain.decode(plain.encode(x)), atol=1e-4, rtol=0)
+
+
+def test_a_fold_is_for_vaes_that_code_frames_by_themselves(tmp_path):
+    with pytest.raises(ValueError, match="codec.fold: must be 1"):
+        codec_of(video_vae("wan"), tmp_path, fold=4)
+    for wrong, told in (({"fold": 0}, "codec.fold"), ({"fold": 2, "waves": 3}, "codec.waves"), ({"waves": 0}, "codec.waves")):
+        with pytest.raises(ValueError, match=told):
+            CodecConfig(kind="autoencoder", path=str(tmp_path), **wrong)
+    with pytest.raises(ValueError, match="codec.fold"):
+        CodecConfig(fold=2)
 
 
 def test_a_vae_without_a_posterior(tmp_path):

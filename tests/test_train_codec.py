@@ -1,5 +1,6 @@
 """The trainer of codecs: it resumes bit for bit, what it leaves is a codec, and a shared checkpoint carries it."""
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -21,49 +22,10 @@ train: {{save_every_steps: 3, log_every_steps: 2}}
 """
 
 
-FOLDED = ("autoencoder.fold=4", "stages.0.frames=8", "stages.0.batch_size=2")
-
-
 def config_of(tmp_path, run, steps, *overrides) -> Config:
     path = tmp_path / f"{run}.yaml"
     path.write_text(YAML.format(run=tmp_path / run, steps=steps))
     return config.load(path, overrides)
-
-
-def test_frames_are_folded_in_order_and_the_last_one_fills_up(tmp_path):
-    folder = train_codec.train(config_of(tmp_path, "run", 1, *FOLDED))
-    codec = VideoCodec(CodecConfig(kind="autoencoder", path=str(folder), chunk_frames=4))
-    assert (codec.channels, codec.factor, codec.time_factor, codec.fold) == (4, 4, 4, 4)
-    assert [codec.latent_shape(f, 16, 32)[0] for f in (1, 4, 5, 16)] == [1, 1, 2, 4]
-    x = torch.rand(2, 6, 3, 16, 32) * 2 - 1
-    z = codec.encode(x)
-    full = torch.cat([x, x[:, -1:], x[:, -1:]], dim=1)
-    for b in range(2):
-        for i in range(2):  # a latent is that of its four frames alone
-            picture = full[b, 4 * i:4 * i + 4].flatten(0, 1)[None]
-            with torch.no_grad():
-                latent = codec.vae.encode(picture).latent * codec.scale
-                pixels = codec.vae.decode(latent / codec.scale).sample.unflatten(1, (4, 3))
-            torch.testing.assert_close(z[b, i:i + 1], latent, rtol=1e-4, atol=1e-5)
-            left = min(4, 6 - 4 * i)
-            torch.testing.assert_close(codec.decode(z, 6)[b, 4 * i:4 * i + 4], pixels[0, :left], rtol=1e-4, atol=1e-5)
-    whole = VideoCodec(CodecConfig(kind="autoencoder", path=str(folder), chunk_frames=64))
-    torch.testing.assert_close(whole.encode(x), z, rtol=1e-4, atol=1e-5)
-
-
-def test_a_folding_codec_through_cache_training_and_sampling(tmp_path):
-    folder = train_codec.train(config_of(tmp_path, "codec", 1, *FOLDED))
-    overrides = ["codec.kind=autoencoder", f"codec.path={folder}", "stages.0.frames=10", "data.clips=4", "data.variants=1",
-                 "preview.count=0"]
-    cfg = config_of(tmp_path, "run", 2, *overrides)
-    cache.build(cfg, tmp_path / "cache")
-    cached = config_of(tmp_path, "run", 2, *overrides, "data.source=cache", f"data.path={tmp_path / 'cache'}")
-    clips = open_clips(cached.data, cached.seed, cached.stages)
-    assert clips.clip(cached.stages[0], 0, 0).x.shape == (3, 4, 4, 8)
-    assert VideoCodec.told(cached.codec, clips).latent_shape(10, 16, 32) == (3, 4, 4, 8)
-    train.train(cached)
-    pipe = pipeline.load(str(checkpoint.newest_good(cached.run)[0].path))
-    assert pipe(["a red ring"], [0], 10, 16, 32).shape == (1, 10, 16, 32, 3)
 
 
 def test_a_resumed_codec_is_that_of_an_uninterrupted_training_and_a_codec(tmp_path):
@@ -89,11 +51,30 @@ def test_a_resumed_codec_is_that_of_an_uninterrupted_training_and_a_codec(tmp_pa
     torch.testing.assert_close(VideoCodec(found.config.codec).encode(frames), latents, rtol=0, atol=0)
 
 
+def test_a_folding_codec_through_cache_training_and_sampling(tmp_path):
+    folder = train_codec.train(config_of(tmp_path, "codec", 1))
+    overrides = ["codec.kind=autoencoder", f"codec.path={folder}", "codec.fold=4", "codec.waves=2", "model.in_channels=8",
+                 "model.out_channels=8", "stages.0.frames=10", "data.clips=4", "data.variants=1", "preview.count=0"]
+    cfg = config_of(tmp_path, "run", 2, *overrides)
+    cache.build(cfg, tmp_path / "cache")
+    overrides += ["data.source=cache", f"data.path={tmp_path / 'cache'}"]
+    cached = config_of(tmp_path, "run", 2, *overrides)
+    clips = open_clips(cached.data, cached.seed, cached.stages)
+    assert clips.clip(cached.stages[0], 0, 0).x.shape == (3, 8, 4, 8)
+    assert VideoCodec.told(cached.codec, clips).latent_shape(10, 16, 32) == (3, 8, 4, 8)
+    train.train(cached)
+    pipe = pipeline.load(str(checkpoint.newest_good(cached.run)[0].path))
+    assert pipe(["a red ring"], [0], 10, 16, 32).shape == (1, 10, 16, 32, 3)
+    for key, changes in (("codec.waves", ["codec.waves=1"]), ("codec.fold", ["codec.waves=1", "codec.fold=1"])):
+        with pytest.raises(ValueError, match=key):
+            train.train(config_of(tmp_path, "other", 2, *overrides, *changes, "model.in_channels=4", "model.out_channels=4"))
+
+
 def test_the_foreground_weighs_more(tmp_path):
-    cfg = config_of(tmp_path, "run", 1, "autoencoder.fold=2").autoencoder
+    cfg = config_of(tmp_path, "run", 1).autoencoder
     vae = train_codec.build(cfg)
-    x = torch.zeros(4, 6, 16, 16)
-    x[0, 3:, :4, :4] = 1.0  # in the second of two frames
+    x = torch.zeros(4, 3, 16, 16)
+    x[0, :, :4, :4] = 1.0
     noise = torch.zeros(4, 4, 4, 4)
     with torch.no_grad():
         loss, error = train_codec.losses(vae, x, noise, cfg)
@@ -105,8 +86,7 @@ def test_the_foreground_weighs_more(tmp_path):
 def test_bad_settings_are_named(tmp_path, capsys):
     for change, told in (("autoencoder.widths=[8, 12]", "autoencoder.widths"), ("stages.0.height=18", "stages.0.height"),
                          ("autoencoder.latent_channels=3", "autoencoder.latent_channels"), ("data.source=cache", "data.source"),
-                         ("autoencoder.noise=-1", "autoencoder.noise"), ("autoencoder.fold=0", "autoencoder.fold"),
-                         ("autoencoder.fold=2", "stages.0.frames")):
+                         ("autoencoder.noise=-1", "autoencoder.noise")):
         config_of(tmp_path, "run", 1)
         more = ["data.path=x"] if "cache" in change else []
         assert train_codec.main([str(tmp_path / "run.yaml"), change, *more]) == 1
