@@ -37,7 +37,7 @@ class ModelConfig:
     classes: int = 0  # for conditioning = class; the label `classes` means no class
     modulation: Literal["shared", "block"] = "shared"
     sample_size: int = 64  # latent side for which spatial positions are 0, 1, 2, ...; other sides are rescaled to it
-    temporal_positions: Literal["sincos", "rope", "both"] = "sincos"  # a table at the first temporal block, rotary ones in each
+    temporal_positions: Literal["sincos", "rope"] = "sincos"
     temporal_spacing: Literal["time", "frame", "stretch"] = "time"  # see latte.model.frame_times
     known_frames: int = 16  # for temporal_spacing = stretch: the clip length that the positions were learnt at
     qk_norm: bool = False  # RMS-normalise queries and keys, before any rotary positions

@@ -217,9 +217,9 @@ class Latte(nn.Module):
         if video > 1:
             times = torch.arange(video, device=x.device) if frame_times is None else frame_times
             times = times.view(-1, video)                                               # [b|1 f]
-            if cfg.temporal_positions != "sincos":
+            if cfg.temporal_positions == "rope":
                 turn = tuple(y[:, :, None, None] for y in rope(times, cfg.head_dim))    # each [b|1 f 1 1 k/2]
-            if cfg.temporal_positions != "rope":
+            else:
                 place = sincos(times, cfg.width)[:, :, None].to(dtype)                  # [b|1 f 1 d]
 
         for i, (spatial, temporal) in enumerate(zip(self.spatial, self.temporal, strict=True)):

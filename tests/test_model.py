@@ -287,7 +287,7 @@ def test_a_frame_s_timestep_acts_on_that_frame_where_frames_are_apart():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("positions", ["sincos", "rope", "both"])
+@pytest.mark.parametrize("positions", ["sincos", "rope"])
 def test_frame_times(positions):
     model, (x, t, text) = small(temporal_positions=positions), inputs()
     plain, every_eighth = model(x, t, text), torch.arange(0, 40, 8)
@@ -304,7 +304,7 @@ def test_frame_times(positions):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("positions", ["sincos", "rope", "both"])
+@pytest.mark.parametrize("positions", ["sincos", "rope"])
 def test_frames_are_told_apart_by_their_times_only(positions):
     model, (x, t, text) = small(temporal_positions=positions), inputs()
     order = torch.tensor([3, 0, 4, 1, 2])
