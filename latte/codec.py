@@ -71,7 +71,7 @@ class VideoCodec:
             if self.time_factor > 1:
                 raise ValueError(f"codec.fold: must be 1 for a VAE that codes {self.time_factor} frames together, got {self.fold}")
             self.channels, self.time_factor = self.channels * cfg.waves, self.fold
-            self.waves = _cosines(self.fold, cfg.waves).to(device)
+            self.waves = _cosines(self.fold, cfg.waves, device)
         if cfg.tile_size % (4 * self.factor):
             raise ValueError(f"codec.tile_size: must be a multiple of {4 * self.factor}, four latents of this VAE, "
                              f"got {cfg.tile_size}")
@@ -203,10 +203,10 @@ def _load_vae(cfg: CodecConfig, weights: bool):
         raise ValueError(f"codec.path: {where} is neither a folder nor a hub id of a diffusers VAE ({error})") from error
 
 
-def _cosines(fold: int, waves: int) -> Tensor:
+def _cosines(fold: int, waves: int, device: str | torch.device) -> Tensor:
     """The first rows [waves fold] of the type-II cosine transform, of length sqrt(waves / fold): what a still clip becomes has
     the mean square that it had."""
-    rows = torch.cos(math.pi / fold * (torch.arange(fold) + 0.5) * torch.arange(waves)[:, None])
+    rows = torch.cos(math.pi / fold * (torch.arange(fold, device=device) + 0.5) * torch.arange(waves, device=device)[:, None])
     return rows * math.sqrt(waves / fold) / rows.norm(dim=1, keepdim=True)
 
 

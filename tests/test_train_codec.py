@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 import train
 from data_tools import cache
-from latte import checkpoint, config, pipeline, train_codec
+from latte import checkpoint, config, pipeline, plan, train_codec
 from latte.codec import VideoCodec
 from latte.config import CodecConfig, Config
 from latte.data import open_clips
@@ -56,6 +56,7 @@ def test_a_folding_codec_through_cache_training_and_sampling(tmp_path):
     overrides = ["codec.kind=autoencoder", f"codec.path={folder}", "codec.fold=4", "codec.waves=2", "model.in_channels=8",
                  "model.out_channels=8", "stages.0.frames=10", "data.clips=4", "data.variants=1", "preview.count=0"]
     cfg = config_of(tmp_path, "run", 2, *overrides)
+    assert "3x8x4x8" in plan.describe(cfg)
     cache.build(cfg, tmp_path / "cache")
     overrides += ["data.source=cache", f"data.path={tmp_path / 'cache'}"]
     cached = config_of(tmp_path, "run", 2, *overrides)
