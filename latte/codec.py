@@ -37,9 +37,9 @@ class VideoCodec:
     factor       pixels per latent in height and in width
     time_factor  frames per latent in time, 1 for VAEs that see single frames. A causal video VAE turns 1 + k * time_factor
                  frames into 1 + k latents.
-    fold         cfg.fold. Where it is above 1, the latents of so many frames become one of cfg.waves times the channels: the
-                 slowest terms of their discrete cosine transform along time (Ahmed et al., 1974). k * fold frames become k
-                 latents, and time_factor is fold. Motion that is even over a fold in a latent's space passes with two terms.
+                 With cfg.fold above 1 it is that: k * fold frames become k latents, of cfg.waves times the VAE's channels: the
+                 slowest terms of the cosine transform of its latents along time (Ahmed et al., 1974). Two keep motion that is
+                 even over a fold in the space of the latents.
 
     What cutting a clip up (cfg.chunk_frames, cfg.tile_size) does to the numbers:
     - Frames of an image VAE are independent: chunks of frames change nothing but float rounding.
@@ -56,7 +56,7 @@ class VideoCodec:
         """weights=False reads the VAE's config alone and leaves its weights random: enough to plan with."""
         self.cfg = cfg
         self.vae = None
-        self.channels, self.factor, self.time_factor, self.fold = 3, 1, 1, cfg.fold
+        self.channels, self.factor, self.time_factor = 3, 1, 1
         if cfg.kind == "pixels":
             return
         self.vae = _load_vae(cfg, weights).eval()
@@ -67,11 +67,11 @@ class VideoCodec:
         self.factor = facts.get("spatial_compression_ratio") or 2 ** (len(config["block_out_channels"]) - 1)
         self.time_factor = int(_first(facts.get("temporal_compression_ratio"), config.get("temporal_compression_ratio"),
                                       config.get("scale_factor_temporal"), 1))
-        if self.fold > 1:
+        if cfg.fold > 1:
             if self.time_factor > 1:
-                raise ValueError(f"codec.fold: must be 1 for a VAE that codes {self.time_factor} frames together, got {self.fold}")
-            self.channels, self.time_factor = self.channels * cfg.waves, self.fold
-            self.waves = _cosines(self.fold, cfg.waves, device)
+                raise ValueError(f"codec.fold: must be 1 for a VAE that codes {self.time_factor} frames together, got {cfg.fold}")
+            self.channels, self.time_factor = self.channels * cfg.waves, cfg.fold
+            self.waves = _cosines(cfg.fold, cfg.waves, device)
         if cfg.tile_size % (4 * self.factor):
             raise ValueError(f"codec.tile_size: must be a multiple of {4 * self.factor}, four latents of this VAE, "
                              f"got {cfg.tile_size}")
@@ -88,7 +88,7 @@ class VideoCodec:
     def told(cls, cfg: CodecConfig, cache) -> "VideoCodec":
         """A codec without a VAE, which only knows the shapes of a cache's latents: of its channels, factor and time_factor."""
         codec = cls.__new__(cls)
-        codec.cfg, codec.vae, codec.fold = cfg, None, cfg.fold
+        codec.cfg, codec.vae = cfg, None
         codec.channels, codec.factor, codec.time_factor = cache.channels, cache.factor, cache.time_factor
         return codec
 
@@ -97,13 +97,13 @@ class VideoCodec:
         if height % self.factor or width % self.factor:
             raise ValueError(f"height and width must be multiples of {self.factor}, the codec's pixels per latent, "
                              f"got {height}x{width}")
-        latents = -(-frames // self.fold) if self.by_frame else 1 + -(-(frames - 1) // self.time_factor)
+        latents = -(-frames // self.cfg.fold) if self.by_frame else 1 + -(-(frames - 1) // self.time_factor)
         return latents, self.channels, height // self.factor, width // self.factor
 
     @property
     def by_frame(self) -> bool:
         """Whether the VAE codes each frame by itself."""
-        return self.time_factor == self.fold
+        return self.time_factor == self.cfg.fold
 
     @torch.no_grad()
     def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -123,29 +123,31 @@ class VideoCodec:
         x = x.contiguous()  # other layouts in memory have other kernels, which round differently
         b, f, _, h, w = x.shape
         latents, _, _, _ = self.latent_shape(f, h, w)
-        if not self.by_frame:
+        if self.by_frame:
+            pieces = rearrange(x, "b f c h w -> (b f) c h w").split(self.cfg.chunk_frames)
+        else:
             padding = 1 + (latents - 1) * self.time_factor - f
             x = torch.cat([x, x[:, -1:].expand(-1, padding, -1, -1, -1)], dim=1)
             pieces = rearrange(x, "b f c h w -> b c f h w").split(1)
-        else:
-            pieces = rearrange(x, "b f c h w -> (b f) c h w").split(self.cfg.chunk_frames)
         moments = torch.cat([_tiled(self._moments, piece, self.cfg.tile_size, self.factor) for piece in pieces])
-        if not self.by_frame:
-            moments = rearrange(moments, "b c f h w -> b f c h w")
-        else:
+        if self.by_frame:
             moments = rearrange(moments, "(b f) c h w -> b f c h w", b=b)
+        else:
+            moments = rearrange(moments, "b c f h w -> b f c h w")
         mean, std = moments.chunk(2, dim=2)  # [b f' c h' w'] each
         mean, std = (mean - self.mean) * self.scale, std * self.scale
-        return (mean, std) if self.fold == 1 else (self._folded(mean, self.waves), self._folded(std**2, self.waves**2).sqrt())
+        if self.cfg.fold > 1:
+            mean, std = self._folded(mean, self.waves), self._folded(std**2, self.waves**2).sqrt()
+        return mean, std
 
     def _folded(self, z: Tensor, waves: Tensor) -> Tensor:
         """[b f c h w] -> [b f/fold (waves c) h w]: sums of each fold, weighted by waves [waves fold]."""
-        z = torch.cat([z, z[:, -1:].expand(-1, -z.shape[1] % self.fold, -1, -1, -1)], dim=1)
-        return torch.einsum("kt,bftchw->bfkchw", waves, z.unflatten(1, (-1, self.fold))).flatten(2, 3)
+        z = torch.cat([z, z[:, -1:].expand(-1, -z.shape[1] % self.cfg.fold, -1, -1, -1)], dim=1)
+        return torch.einsum("kt,bftchw->bfkchw", waves, z.unflatten(1, (-1, self.cfg.fold))).flatten(2, 3)
 
     def _unfolded(self, z: Tensor) -> Tensor:
         """[b f (waves c) h w] -> [b (f fold) c h w]."""
-        back = self.waves * (self.fold / len(self.waves))  # the waves are orthogonal, but not of length 1
+        back = self.waves * (self.cfg.fold / len(self.waves))  # the waves are orthogonal, but not of length 1
         return torch.einsum("kt,bfkchw->bftchw", back, z.unflatten(2, (len(self.waves), -1))).flatten(1, 2)
 
     @torch.no_grad()
@@ -154,7 +156,7 @@ class VideoCodec:
         if self.vae is None:
             return z[:, :frames]
         b, z = z.shape[0], z.float()
-        if self.fold > 1:
+        if self.cfg.fold > 1:
             z = self._unfolded(z)
         z = z / self.scale + self.mean
         tile = self.cfg.tile_size // self.factor

@@ -203,7 +203,7 @@ def plan(cfg: Config, frames: int, height: int, width: int, guidance: float, dty
     def decode():
         codec = VideoCodec(cfg.codec, weights=False)
         f, c, *sides = shape
-        f = min(f, max(1, cfg.codec.chunk_frames // codec.fold)) if codec.by_frame else f
+        f = min(f, max(1, cfg.codec.chunk_frames // cfg.codec.fold)) if codec.by_frame else f
         h, w = (min(side, cfg.codec.tile_size // codec.factor or side) for side in sides)
         z = torch.zeros(1, f, c, h, w)  # one chunk of one tile: they follow one another
         return lambda: codec.decode(z), (z, *([codec.vae] if codec.vae is not None else []))
