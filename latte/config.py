@@ -103,18 +103,24 @@ class AutoencoderConfig:
 
     latent_channels: int = 8
     widths: list[int] = field(default_factory=lambda: [16, 32, 64, 128])  # of its stages; each one halves height and width
+    encoder_widths: list[int] = field(default_factory=list)  # of the encoder alone, for a quicker one; [] = widths
     noise: float = 0.15  # standard deviation of what is added to latents before they are decoded, so that small errors show little
+    straight: float = 0.0  # weight of frames decoded from the mean of the latents before and after them; makes paths smooth
     latent_weight: float = 1.0e-3  # of half the mean square of the latents in the loss; it keeps their size near 1
     foreground: float = 10.0  # a pixel weighs 1 + this times its distance from the batch's mean picture, in units of half the range
 
     def __post_init__(self):
         _require(len(self.widths) >= 2, "autoencoder.widths", f"needs at least two stages, got {self.widths}")
-        for before, after in pairwise(self.widths):
-            _require(4 * before % after == 0 and after % 4 == 0, "autoencoder.widths",
-                     f"each must be a multiple of 4 and divide four times the one before it, got {after} after {before}")
-        _require(self.latent_channels >= 1 and self.widths[-1] % self.latent_channels == 0, "autoencoder.latent_channels",
-                 f"must divide the last width ({self.widths[-1]}), got {self.latent_channels}")
-        for name in ("noise", "latent_weight", "foreground"):
+        _require(len(self.encoder_widths) in (0, len(self.widths)), "autoencoder.encoder_widths",
+                 f"must be as many as autoencoder.widths ({len(self.widths)}) or none, got {self.encoder_widths}")
+        for name in ("widths", "encoder_widths"):
+            widths = getattr(self, name) or self.widths
+            for before, after in pairwise(widths):
+                _require(4 * before % after == 0 and after % 4 == 0, f"autoencoder.{name}",
+                         f"each must be a multiple of 4 and divide four times the one before it, got {after} after {before}")
+            _require(self.latent_channels >= 1 and widths[-1] % self.latent_channels == 0, "autoencoder.latent_channels",
+                     f"must divide the last width ({widths[-1]}), got {self.latent_channels}")
+        for name in ("noise", "straight", "latent_weight", "foreground"):
             _require(getattr(self, name) >= 0, f"autoencoder.{name}", f"must not be negative, got {getattr(self, name)}")
 
 

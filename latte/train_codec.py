@@ -21,7 +21,7 @@ from torch import Tensor
 from latte import checkpoint, config, keyed
 from latte.command import command
 from latte.config import AutoencoderConfig, Config
-from latte.data import Batch, make_loader, open_clips, table
+from latte.data import make_loader, open_clips, table
 from latte.optim import EMA, lr_at, make_optimizer
 from latte.runlog import RunLog
 
@@ -35,21 +35,40 @@ def build(cfg: AutoencoderConfig) -> torch.nn.Module:
     stages = len(cfg.widths)
     layers, plain = (0, *[1] * (stages - 1)), ((),) * stages
     return AutoencoderDC(
-        latent_channels=cfg.latent_channels, encoder_block_out_channels=tuple(cfg.widths), encoder_layers_per_block=layers,
-        encoder_qkv_multiscales=plain, decoder_block_out_channels=tuple(cfg.widths), decoder_layers_per_block=layers,
-        decoder_qkv_multiscales=plain)
+        latent_channels=cfg.latent_channels, encoder_block_out_channels=tuple(cfg.encoder_widths or cfg.widths),
+        encoder_layers_per_block=layers, encoder_qkv_multiscales=plain, decoder_block_out_channels=tuple(cfg.widths),
+        decoder_layers_per_block=layers, decoder_qkv_multiscales=plain)
 
 
 def losses(vae: torch.nn.Module, x: Tensor, noise: Tensor, cfg: AutoencoderConfig) -> tuple[Tensor, Tensor]:
-    """The loss of frames [b 3 h w] in [-1, 1] and the mean squared error of their pixels. noise: standard normal, like the latents.
+    """The loss of clips [b f 3 h w] in [-1, 1] and the mean squared error of their pixels.
 
-    Absolute and squared error, where frames differ from their mean weighs more: most pixels of most clips are background.
+    Absolute and squared error, where frames differ from their mean weighs more: most pixels of most clips are background. With
+    cfg.straight, frames are decoded from the mean of the latents before and after them as well: what moves evenly in pixels then
+    does so in latents (Henaff et al., Perceptual straightening of natural videos, 2019), and diffusion has smoother paths to learn.
+    noise: standard normal [b f c h' w'] like the latents, or twice as many with cfg.straight, [b 2f c h' w'].
     """
-    z = vae.encode(x).latent.float()
-    off = vae.decode(z + cfg.noise * noise).sample.float() - x
-    weight = 1 + cfg.foreground * (x - x.mean(0)).abs().amax(1, keepdim=True)
-    loss = (weight * (off.abs() + off.square())).mean() + cfg.latent_weight / 2 * z.square().mean()
-    return loss, off.square().mean()
+    (b, f), frames = x.shape[:2], _flat(x)
+    usual = frames.mean(0)
+
+    def fit(z: Tensor, noise: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        off = vae.decode(z + cfg.noise * noise).sample.float() - wanted
+        weight = 1 + cfg.foreground * (wanted - usual).abs().amax(1, keepdim=True)
+        return (weight * (off.abs() + off.square())).mean(), off.square().mean()
+
+    z = vae.encode(frames).latent.float()
+    loss, error = fit(z, noise[:, :f].flatten(0, 1), frames)
+    loss = loss + cfg.latent_weight / 2 * z.square().mean()
+    if cfg.straight:
+        z = z.unflatten(0, (b, f))
+        between = (z[:, :-2] + z[:, 2:]) / 2
+        loss = loss + cfg.straight * fit(between.flatten(0, 1), noise[:, f:-2].flatten(0, 1), _flat(x[:, 1:-1]))[0]
+    return loss, error
+
+
+def _flat(x: Tensor) -> Tensor:
+    """Clips [b f 3 h w] as pictures [b*f 3 h w] in the layout that convolutions like."""
+    return x.flatten(0, 1).contiguous(memory_format=torch.channels_last)
 
 
 def train(cfg: Config) -> Path:
@@ -71,6 +90,8 @@ def _train(cfg: Config, accelerator: Accelerator) -> Path:
     vae = build(cfg.autoencoder).to(accelerator.device, memory_format=torch.channels_last)
     factor = vae.spatial_compression_ratio
     for key, shape in cfg.shapes():
+        if cfg.autoencoder.straight and shape.frames < 3:
+            raise ValueError(f"{key}.frames: autoencoder.straight needs clips of 3 frames or more, got {shape.frames}")
         if shape.height % factor or shape.width % factor:
             raise ValueError(f"{key}.height: height and width must divide by {factor}, the pixels a latent, got {shape}")
     optimizer, ema = make_optimizer(vae, cfg.optim, seed=cfg.seed), EMA(vae, cfg.optim.ema_decay)
@@ -84,9 +105,10 @@ def _train(cfg: Config, accelerator: Accelerator) -> Path:
             log.event("checkpoint", start, f"passed over a damaged checkpoint: {why}")
         done = torch.ones((), device=accelerator.device)
         for batch in make_loader(clips, cfg.data, cfg.stages, cfg.seed, start):
-            x, step = _frames(batch, accelerator.device), batch.step
+            x, step = batch.x.to(accelerator.device), batch.step
             optimizer.begin(step, lr_at(step, cfg.optim, cfg.total_steps, cfg.stages[batch.stage].learning_rate))
-            shape = (len(x), cfg.autoencoder.latent_channels, x.shape[2] // factor, x.shape[3] // factor)
+            b, f, _, h, w = x.shape
+            shape = (b, f * (2 if cfg.autoencoder.straight else 1), cfg.autoencoder.latent_channels, h // factor, w // factor)
             noise = torch.from_numpy(keyed.normal(shape, cfg.seed, "latent noise", step)).to(x)
             with accelerator.autocast():
                 loss, error = losses(vae, x, noise, cfg.autoencoder)
@@ -107,17 +129,13 @@ def _train(cfg: Config, accelerator: Accelerator) -> Path:
     with torch.no_grad():
         for name, value in vae.named_parameters():
             value.copy_(ema.weights[name])
-    return _publish(vae, cfg, (_frames(batch, accelerator.device) for batch in make_loader(clips, cfg.data, cfg.stages, cfg.seed)))
-
-
-def _frames(batch: Batch, device: torch.device) -> Tensor:
-    return batch.x.flatten(0, 1).to(device).contiguous(memory_format=torch.channels_last)
+    return _publish(vae, cfg, (batch.x.to(accelerator.device) for batch in make_loader(clips, cfg.data, cfg.stages, cfg.seed)))
 
 
 @torch.no_grad()
 def _publish(vae: torch.nn.Module, cfg: Config, frames) -> Path:
     """Writes RUN/vae, whose scaling factor gives latents a standard deviation of 1."""
-    values = torch.cat([vae.encode(x).latent.flatten() for _, x in zip(range(MEASURED), frames, strict=False)])
+    values = torch.cat([vae.encode(_flat(x)).latent.flatten() for _, x in zip(range(MEASURED), frames, strict=False)])
     vae.register_to_config(scaling_factor=1 / values.std().item())
     folder = Path(cfg.run) / "vae"
     part = folder.with_name(f".vae.{os.getpid()}.part")

@@ -74,9 +74,9 @@ def test_a_folding_codec_through_cache_training_and_sampling(tmp_path):
 def test_the_foreground_weighs_more(tmp_path):
     cfg = config_of(tmp_path, "run", 1).autoencoder
     vae = train_codec.build(cfg)
-    x = torch.zeros(4, 3, 16, 16)
-    x[0, :, :4, :4] = 1.0
-    noise = torch.zeros(4, 4, 4, 4)
+    x = torch.zeros(4, 1, 3, 16, 16)
+    x[0, 0, :, :4, :4] = 1.0
+    noise = torch.zeros(4, 1, 4, 4, 4)
     with torch.no_grad():
         loss, error = train_codec.losses(vae, x, noise, cfg)
         cfg.foreground = 0.0
@@ -84,10 +84,35 @@ def test_the_foreground_weighs_more(tmp_path):
     assert loss > plain and error == same
 
 
+def test_frames_between_are_decoded_from_the_mean_of_their_neighbours_latents(tmp_path):
+    cfg = config_of(tmp_path, "run", 1).autoencoder
+    vae = train_codec.build(cfg)
+    x = torch.rand(2, 4, 3, 16, 16) * 2 - 1
+    noise = torch.randn(2, 8, 4, 4, 4)
+    with torch.no_grad():
+        plain, error = train_codec.losses(vae, x, noise[:, :4], cfg)
+        cfg.straight = 0.5
+        loss, same = train_codec.losses(vae, x, noise, cfg)
+        z = vae.encode(x.flatten(0, 1)).latent.unflatten(0, (2, 4))
+        between = torch.stack([(z[:, 0] + z[:, 2]) / 2, (z[:, 1] + z[:, 3]) / 2], 1) + cfg.noise * noise[:, 4:6]
+        off = vae.decode(between.flatten(0, 1)).sample - x[:, 1:3].flatten(0, 1)
+        weight = 1 + cfg.foreground * (x[:, 1:3].flatten(0, 1) - x.flatten(0, 1).mean(0)).abs().amax(1, keepdim=True)
+    torch.testing.assert_close(loss, plain + 0.5 * (weight * (off.abs() + off.square())).mean())
+    assert same == error
+
+
+def test_a_straight_codec_with_a_lighter_encoder_trains(tmp_path):
+    cfg = config_of(tmp_path, "run", 1, "stages.0.frames=3", "autoencoder.straight=0.5", "autoencoder.encoder_widths=[8, 8, 8]")
+    vae = VideoCodec(CodecConfig(kind="autoencoder", path=str(train_codec.train(cfg)))).vae
+    parts = [sum(p.numel() for p in part.parameters()) for part in (vae.encoder, vae.decoder)]
+    assert parts[0] < parts[1] / 2
+
+
 def test_bad_settings_are_named(tmp_path, capsys):
     for change, told in (("autoencoder.widths=[8, 12]", "autoencoder.widths"), ("stages.0.height=18", "stages.0.height"),
                          ("autoencoder.latent_channels=3", "autoencoder.latent_channels"), ("data.source=cache", "data.source"),
-                         ("autoencoder.noise=-1", "autoencoder.noise")):
+                         ("autoencoder.noise=-1", "autoencoder.noise"), ("autoencoder.straight=1", "stages.0.frames"),
+                         ("autoencoder.encoder_widths=[8, 16]", "autoencoder.encoder_widths")):
         config_of(tmp_path, "run", 1)
         more = ["data.path=x"] if "cache" in change else []
         assert train_codec.main([str(tmp_path / "run.yaml"), change, *more]) == 1
