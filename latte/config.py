@@ -104,6 +104,7 @@ class AutoencoderConfig:
     latent_channels: int = 8
     widths: list[int] = field(default_factory=lambda: [16, 32, 64, 128])  # of its stages; each one halves height and width
     encoder_widths: list[int] = field(default_factory=list)  # of the encoder alone, for a quicker one; [] = widths
+    decoder_of: str = ""  # folder of a VAE whose encoder stays, and so its latents, while its decoder learns on; "" = a new VAE
     noise: float = 0.15  # standard deviation of what is added to latents before they are decoded, so that small errors show little
     straight: float = 0.0  # weight of frames decoded from the mean of the latents before and after them; makes paths smooth
     latent_weight: float = 1.0e-3  # of half the mean square of the latents in the loss; it keeps their size near 1

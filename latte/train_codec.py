@@ -29,15 +29,28 @@ MEASURED = 32  # batches that tell the spread of the latents
 
 
 def build(cfg: AutoencoderConfig) -> torch.nn.Module:
-    """A new autoencoder: the first stage only halves the picture, each other one has a residual block."""
+    """An autoencoder: the first stage only halves the picture, each other one has a residual block. New, or that of decoder_of.
+
+    Raises ValueError if there is no such VAE there.
+    """
     from diffusers import AutoencoderDC  # takes seconds to import
 
     stages = len(cfg.widths)
     layers, plain = (0, *[1] * (stages - 1)), ((),) * stages
-    return AutoencoderDC(
+    vae = AutoencoderDC(
         latent_channels=cfg.latent_channels, encoder_block_out_channels=tuple(cfg.encoder_widths or cfg.widths),
         encoder_layers_per_block=layers, encoder_qkv_multiscales=plain, decoder_block_out_channels=tuple(cfg.widths),
         decoder_layers_per_block=layers, decoder_qkv_multiscales=plain)
+    if cfg.decoder_of:
+        try:
+            old = AutoencoderDC.from_pretrained(cfg.decoder_of)
+            vae.load_state_dict(old.state_dict())
+        except (OSError, ValueError, RuntimeError) as error:
+            why = str(error).splitlines()[0]
+            raise ValueError(f"autoencoder.decoder_of: {cfg.decoder_of} is no folder of a VAE of these widths ({why})") from None
+        vae.encoder.requires_grad_(False)
+        vae.register_to_config(scaling_factor=old.config.scaling_factor)
+    return vae
 
 
 def losses(vae: torch.nn.Module, x: Tensor, noise: Tensor, cfg: AutoencoderConfig) -> tuple[Tensor, Tensor]:
@@ -127,7 +140,7 @@ def _train(cfg: Config, accelerator: Accelerator) -> Path:
             writer.check()
         writer.finish()
     with torch.no_grad():
-        for name, value in vae.named_parameters():
+        for name, value in checkpoint.trained(vae).items():
             value.copy_(ema.weights[name])
     return _publish(vae, cfg, (batch.x.to(accelerator.device) for batch in make_loader(clips, cfg.data, cfg.stages, cfg.seed)))
 
@@ -135,8 +148,9 @@ def _train(cfg: Config, accelerator: Accelerator) -> Path:
 @torch.no_grad()
 def _publish(vae: torch.nn.Module, cfg: Config, frames) -> Path:
     """Writes RUN/vae, whose scaling factor gives latents a standard deviation of 1."""
-    values = torch.cat([vae.encode(_flat(x)).latent.flatten() for _, x in zip(range(MEASURED), frames, strict=False)])
-    vae.register_to_config(scaling_factor=1 / values.std().item())
+    if not cfg.autoencoder.decoder_of:
+        values = torch.cat([vae.encode(_flat(x)).latent.flatten() for _, x in zip(range(MEASURED), frames, strict=False)])
+        vae.register_to_config(scaling_factor=1 / values.std().item())
     folder = Path(cfg.run) / "vae"
     part = folder.with_name(f".vae.{os.getpid()}.part")
     vae.to(memory_format=torch.contiguous_format).save_pretrained(part)

@@ -108,10 +108,20 @@ def test_a_straight_codec_with_a_lighter_encoder_trains(tmp_path):
     assert parts[0] < parts[1] / 2
 
 
+def test_a_decoder_that_learns_on_leaves_the_latents_alone(tmp_path):
+    folder = train_codec.train(config_of(tmp_path, "first", 1))
+    more = train_codec.train(config_of(tmp_path, "second", 2, f"autoencoder.decoder_of={folder}"))
+    old, new = (VideoCodec(CodecConfig(kind="autoencoder", path=str(path))) for path in (folder, more))
+    x = torch.rand(1, 1, 3, 16, 32) * 2 - 1
+    z = old.encode(x)
+    assert torch.equal(new.encode(x), z) and not torch.equal(new.decode(z), old.decode(z))
+
+
 def test_bad_settings_are_named(tmp_path, capsys):
     for change, told in (("autoencoder.widths=[8, 12]", "autoencoder.widths"), ("stages.0.height=18", "stages.0.height"),
                          ("autoencoder.latent_channels=3", "autoencoder.latent_channels"), ("data.source=cache", "data.source"),
                          ("autoencoder.noise=-1", "autoencoder.noise"), ("autoencoder.straight=1", "stages.0.frames"),
+                         ("autoencoder.decoder_of=nowhere", "autoencoder.decoder_of"),
                          ("autoencoder.encoder_widths=[8, 16]", "autoencoder.encoder_widths")):
         config_of(tmp_path, "run", 1)
         more = ["data.path=x"] if "cache" in change else []
