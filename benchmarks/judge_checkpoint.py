@@ -3,8 +3,9 @@
     python benchmarks/judge_checkpoint.py [CHECKPOINT] [--count 200] [--frames 128] [--processes 2] [--out FILE.json]
 
 Prompts are captions of scenes from the test split, whose combinations of attributes training never saw; `seen wording` uses the
-training grammar, `unseen wording` structures and synonyms kept out of training. One seed a prompt. Writes one JSON with the
-share of right clips for each attribute, the joint pass, permanence at the last frame, velocity error and every single row.
+training grammar, `unseen wording` structures and synonyms kept out of training. One seed a prompt. `codec alone` are the true
+clips of the same scenes after the checkpoint's codec: no model can do better. Writes one JSON with the share of right clips for
+each attribute, the joint pass, permanence at the last frame, velocity error and every single row.
 """
 
 import argparse
@@ -23,12 +24,14 @@ import torch
 from tqdm import tqdm
 
 from latte import checkpoint, keyed, pipeline
+from latte.codec import to_frames, to_tensor
 from latte.world.caption import caption
 from latte.world.judge import judge
+from latte.world.render import render
 from latte.world.scene import sample_scene
 
 ROOT = Path(__file__).parent.parent
-WORDINGS = {"seen wording": "train", "unseen wording": "test"}
+WORDINGS = {"seen wording": "train", "unseen wording": "test", "codec alone": ""}
 PIPELINES: dict[str, pipeline.Pipeline] = {}  # of this process
 
 
@@ -41,9 +44,14 @@ def score(path: str, index: int, wording: str, frames: int, fps: float, seed: in
     stage = pipe.cfg.stages[-1]
     world, aspect = pipe.cfg.data.world, stage.width / stage.height
     scene = sample_scene(keyed.rng(seed, "judged scene", index), world, "test", frames / fps, aspect)
-    prompt = caption(scene, keyed.rng(seed, "judged prompt", index), WORDINGS[wording])
-    settings = dataclasses.replace(pipe.cfg.sampler, **changed)
-    clip = pipe([prompt], [seed + index], frames, stage.height, stage.width, fps, settings)[0]
+    prompt = ""
+    if WORDINGS[wording]:
+        prompt = caption(scene, keyed.rng(seed, "judged prompt", index), WORDINGS[wording])
+        settings = dataclasses.replace(pipe.cfg.sampler, **changed)
+        clip = pipe([prompt], [seed + index], frames, stage.height, stage.width, fps, settings)[0]
+    else:
+        truth = to_tensor(render(scene, stage.height, stage.width, np.arange(frames) / fps))
+        clip = to_frames(pipe.codec.decode(pipe.codec.encode(truth), frames))[0]
     verdict = judge(clip, scene, fps).to_json()
     return {"wording": wording, "index": index, "prompt": prompt, "joint": verdict["joint"], **verdict["scores"],
             "permanence": verdict["permanence"][-1], "velocity_error": verdict["velocity_error"]}
