@@ -50,16 +50,20 @@ train() {  # train NAME: a run of configs/NAME.yaml, then its checkpoint to shar
     "$PYTHON" -m latte.checkpoint "$OUT/$1" "$OUT/$1-checkpoint"
 }
 
-fold() {  # the run of configs/shapes_fold.yaml with eight times its clips: codec, cache, model; the same command again goes on
-  local out=out/gpu-fold codec=() cached=(data.clips=96000) model=(stages.0.steps=40000)
-  [ -n "${TINY:-}" ] && out="$OUT/fold" codec=(stages.0.steps=1 data.workers=0 train.mixed_precision=fp32) \
-    cached=(data.clips=64 data.wordings=1) model=(stages.0.steps=1 train.mixed_precision=fp32)
-  if [ -e "$OUT/shapes_fold-checkpoint" ] && [ -z "${FORCE:-}" ]; then echo "$OUT/shapes_fold-checkpoint is there"; return; fi
+latent() {  # the run of configs/shapes_cpu.yaml with more of all: codec, cache, model, decoder; the same command again goes on
+  local out=out/gpu-latent codec=(stages.0.steps=16000 stages.1.steps=24000) cached=(data.clips=96000) model=(stages.0.steps=40000)
+  local decoder=(stages.0.steps=40000)
+  [ -n "${TINY:-}" ] && out="$OUT/latent" codec=(stages.0.steps=1 stages.1.steps=1 data.workers=0 train.mixed_precision=fp32) \
+    cached=(data.clips=64 data.wordings=1) model=(stages.0.steps=1 train.mixed_precision=fp32) \
+    decoder=(stages.0.steps=1 data.workers=0 train.mixed_precision=fp32)
+  if [ -e "$OUT/shapes_latent-checkpoint" ] && [ -z "${FORCE:-}" ]; then echo "$OUT/shapes_latent-checkpoint is there"; return; fi
   cached+=("codec.path=$out/codec/vae" "${TEXT_ARG[@]}")
-  "$PYTHON" -m latte.train_codec configs/shapes_fold_codec.yaml "run=$out/codec" "${codec[@]}" &&
-    "$PYTHON" -m data_tools.cache configs/shapes_fold.yaml "$out/cache" "${cached[@]}" &&
-    "$PYTHON" train.py configs/shapes_fold.yaml data.source=cache "data.path=$out/cache" "run=$out/run" "${cached[@]}" "${model[@]}" &&
-    "$PYTHON" -m latte.checkpoint "$out/run" "$OUT/shapes_fold-checkpoint" data.source=world
+  "$PYTHON" -m latte.train_codec configs/shapes_codec.yaml "run=$out/codec" "${codec[@]}" &&
+    "$PYTHON" -m data_tools.cache configs/shapes_cpu.yaml "$out/cache" "${cached[@]}" &&
+    "$PYTHON" train.py configs/shapes_cpu.yaml data.source=cache "data.path=$out/cache" "run=$out/run" "${cached[@]}" "${model[@]}" &&
+    "$PYTHON" -m latte.train_codec configs/shapes_decoder.yaml "run=$out/decoder" "autoencoder.decoder_of=$out/codec/vae" \
+      "${decoder[@]}" &&
+    "$PYTHON" -m latte.checkpoint "$out/run" "$OUT/shapes_latent-checkpoint" data.source=world "codec.path=$out/decoder/vae"
 }
 
 job() {
@@ -87,7 +91,7 @@ job() {
        ${TINY:+--rounds 1 --updates 1 --clips 8} ;;
   12) result sampling_gpu "$PYTHON" benchmarks/sampling.py --dtype bf16 \
        $([ -n "${TINY:-}" ] && echo --frames 8 --steps 2 --rounds 1 || echo --preset XL --size 256 --steps 4 10 25 --compile) ;;
-  13) fold ;;  # the same task as job 2 with a second as one token, and enough clips
+  13) latent ;;  # the same task as job 2 in latents, a second as one token
   esac
 }
 
