@@ -2,7 +2,7 @@
 
     python benchmarks/loader.py [--rounds 5] [--updates 2] [--out FILE.json] [section.key=value ...]
 
-The model of configs/shapes_cpu.yaml on cached latents of clips of 16 and of 128 frames, made here by a small random VAE, with the
+The model of configs/shapes_pixels.yaml on cached latents of clips of 16 and of 128 frames, made here by a small random VAE, with the
 text states of MiniLM. All ways of doing an update take turns in one process and are compared as ratios, the median of the rounds:
 
 loader         batches read from the cache against one batch that stays in memory, tokens a second, and the share of its time
@@ -106,7 +106,7 @@ def main() -> int:
         codec = make_vae(place / "vae")
         for frames, stage in SHAPES.items():
             def load(*changes, stage=stage, frames=frames):
-                return config.load(ROOT / "configs" / "shapes_cpu.yaml", [
+                return config.load(ROOT / "configs" / "shapes_pixels.yaml", [
                     *MODEL, *codec, f"data.clips={args.clips}", "data.variants=1", f"stages=[{stage}]", f"run={place / 'run'}",
                     *args.overrides, *changes])
 

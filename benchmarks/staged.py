@@ -39,9 +39,7 @@ TEXT_TOKENS = 16
 STAGED = [(0.25, 1, 32, [8.0]), (0.35, 16, 4, [1.0, 2.0, 8.0]), (0.1, 32, 2, [2.0, 8.0]), (0.1, 64, 1, [4.0, 8.0]),
           (0.2, 128, 1, [8.0])]
 DIRECT = [(1.0, 128, 1, [8.0])]
-CHANGES = ["codec.kind=pixels", "model.in_channels=3", "model.out_channels=3", "model.patch_size=8", "model.sample_size=127",
-           "model.layers=3", "model.heads=4", "diffusion.prediction=x0", "diffusion.loss=x0", "diffusion.shift_base_tokens=4",
-           "sampler.steps=20", "sampler.guidance=1", "data.clips=0", "data.variants=0", "data.caption_dropout=0", "data.wordings=2",
+CHANGES = ["model.layers=3", "model.heads=4", "data.caption_dropout=0", "data.wordings=2",
            "train.save_every_steps=1000000", "train.keep_checkpoints=1", "train.log_every_steps=50"]
 
 
@@ -57,10 +55,10 @@ def stages(arm: list, operations: float, cfg: config.Config) -> str:
 def run(name: str, seed: int, operations: float, count: int) -> dict:
     """Trains and scores one arm with one seed."""
     torch.set_num_threads(1)
-    base = config.load(ROOT / "configs" / "shapes_cpu.yaml", CHANGES)
+    base = config.load(ROOT / "configs" / "shapes_pixels.yaml", CHANGES)
     with tempfile.TemporaryDirectory() as folder:
         plan = stages({"staged": STAGED, "direct": DIRECT}[name], operations, base)
-        cfg = config.load(ROOT / "configs" / "shapes_cpu.yaml", [*CHANGES, plan, f"seed={seed}", f"run={folder}"])
+        cfg = config.load(ROOT / "configs" / "shapes_pixels.yaml", [*CHANGES, plan, f"seed={seed}", f"run={folder}"])
         started = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
             train.train(cfg)
