@@ -3,7 +3,8 @@
     python benchmarks/loader.py [--rounds 5] [--updates 2] [--out FILE.json] [section.key=value ...]
 
 The model of configs/shapes_pixels.yaml on cached latents of clips of 16 and of 128 frames, made here by a small random VAE, with
-the text states of MiniLM. All ways of doing an update take turns in one process and are compared as ratios, the median of the rounds:
+the text states of MiniLM. All ways of doing an update take turns in one process and are compared as ratios, the median of the
+rounds:
 
 loader         batches read from the cache against one batch that stays in memory, tokens a second, and the share of its time
                that the training process itself waits for a batch
