@@ -8,7 +8,6 @@ Letters: b batch, f frames, c channels, h w height and width, l text tokens, d w
 import argparse
 import contextlib
 import copy
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from accelerate import Accelerator
 from latte import cached, checkpoint, config, diffusion, hardware, keyed, lora, memory, parallel, pipeline, plan, precision, video
 from latte.clips import left_out
 from latte.codec import VideoCodec
-from latte.command import command
+from latte.command import Stop, command
 from latte.data import Batch, make_loader, open_clips, table
 from latte.guard import Guard
 from latte.health import Step, Window, by_group, ratios
@@ -32,9 +31,6 @@ from latte.text import TextEncoder
 from latte.world.caption import caption
 from latte.world.judge import judge
 from latte.world.scene import sample_scene
-
-SAVED = 75  # exit code after SIGTERM or SIGUSR1: EX_TEMPFAIL, try again. Slurm can requeue on it, torchrun restarts on any but 0
-INTERRUPTED = 130  # exit code after SIGINT; the state was saved as well
 
 
 def train(cfg: config.Config) -> int:
@@ -101,7 +97,7 @@ def _train(cfg: config.Config, accelerator: Accelerator) -> int:
         log.say(needs)
         if levers:
             log.say(levers)
-        stop = _Stop()
+        stop = Stop()
         window = Window(device, hardware.peak_flops(device, run.dtype))
         saved_at = time.monotonic()
 
@@ -125,7 +121,7 @@ def _train(cfg: config.Config, accelerator: Accelerator) -> int:
                 # What came of the update before is read only now, when the device has the next one to do.
                 back = run.settle(pending, log)
                 due = rank == 0 and 0 < cfg.train.save_every_minutes * 60 <= time.monotonic() - saved_at
-                signalled, due = run.agree(bool(stop.number), due)
+                signalled, due = run.agree(bool(stop), due)
                 at_save = done % cfg.train.save_every_steps == 0 or cfg.stage_at(done) != batch.stage
                 save = final or signalled or due or at_save
                 pending = launched
@@ -154,7 +150,7 @@ def _train(cfg: config.Config, accelerator: Accelerator) -> int:
                         writer.finish()
                     accelerator.wait_for_everyone()
                     log.event("signal", done, f"interrupted after update {done}; saved, the same command goes on from there")
-                    return INTERRUPTED if stop.number == signal.SIGINT else SAVED
+                    return stop.code
             else:
                 break
             start = run.roll_back(back, writer, log)
@@ -447,21 +443,6 @@ def preview(cfg: config.Config, trained: Latte, ema: EMA, text: TextEncoder | No
 
 def _split(batch: Batch, size: int) -> list[Batch]:
     return [batch.part(slice(i, i + size)) for i in range(0, len(batch.positions), size)]
-
-
-class _Stop:
-    """Remembers which signal came, so that the loop can end after a whole update. A second SIGINT ends at once."""
-
-    def __init__(self):
-        self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals
-                signal.signal(number, self._note)
-
-    def _note(self, number, _frame):
-        self.number = number
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
 
 
 @command

@@ -38,6 +38,7 @@ import stopping
 
 import train
 from latte import checkpoint, keyed, video
+from latte.command import SAVED
 
 ROOT = Path(__file__).parent.parent
 FORK = multiprocessing.get_context("fork")  # imports are paid once
@@ -245,7 +246,7 @@ def _damage(kind, draw, run, argv):
     lost = reached - began_at(said) if "from update" in said else 0
     told = "damaged checkpoint" in said or "none of its" in said
     stopped = "none of its" in said and again == 1  # there was only this one: the run refuses to start anew
-    return {"right": code == train.SAVED and (stopped or (again == 0 and digest(run) == reference())), "said": told, "lost": lost,
+    return {"right": code == SAVED and (stopped or (again == 0 and digest(run) == reference())), "said": told, "lost": lost,
             "while_writing": False}
 
 

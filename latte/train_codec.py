@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from latte import checkpoint, config, keyed
-from latte.command import command
+from latte.command import Stop, command
 from latte.config import AutoencoderConfig, Config
 from latte.data import make_loader, open_clips, table
 from latte.optim import EMA, lr_at, make_optimizer
@@ -84,8 +84,11 @@ def _flat(x: Tensor) -> Tensor:
     return x.flatten(0, 1).contiguous(memory_format=torch.channels_last)
 
 
-def train(cfg: Config) -> Path:
-    """Trains or resumes; gives the folder of the autoencoder. Raises ValueError or OSError with the cause."""
+def train(cfg: Config, stop: Stop | None = None) -> Path | None:
+    """Trains or resumes; gives the folder of the autoencoder. Raises ValueError or OSError with the cause.
+
+    When a signal came to stop, the update under way is the last, its state is saved and None is returned.
+    """
     if cfg.data.source == "cache":
         raise ValueError("data.source: a cache holds latents already; give what they are made of: world, folder or manifest")
     autocast = "no" if cfg.train.mixed_precision == "fp32" else cfg.train.mixed_precision
@@ -93,10 +96,10 @@ def train(cfg: Config) -> Path:
     if accelerator.num_processes > 1:
         raise ValueError("the autoencoder is trained by one process; run it without accelerate launch")
     with checkpoint.lock(cfg.run):
-        return _train(cfg, accelerator)
+        return _train(cfg, accelerator, stop)
 
 
-def _train(cfg: Config, accelerator: Accelerator) -> Path:
+def _train(cfg: Config, accelerator: Accelerator, stop: Stop | None) -> Path | None:
     clips = open_clips(cfg.data, cfg.seed, cfg.stages)
     held = table(clips, cfg.stages)
     torch.manual_seed(cfg.seed)  # initial weights only
@@ -135,9 +138,13 @@ def _train(cfg: Config, accelerator: Accelerator) -> Path:
             final = step + 1 == cfg.total_steps
             if final or (step + 1) % cfg.train.log_every_steps == 0:
                 log.metrics(step + 1, {"stage": batch.stage, "loss": loss.item(), "psnr_db": 10 * math.log10(4 / error.item())})
-            if final or (step + 1) % cfg.train.save_every_steps == 0:
+            if final or stop or (step + 1) % cfg.train.save_every_steps == 0:
                 writer.save(step + 1, cfg, vae, ema, optimizer)
             writer.check()
+            if stop and not final:
+                writer.finish()
+                log.event("signal", step + 1, f"interrupted after update {step + 1}; saved, the same command goes on from there")
+                return None
         writer.finish()
     with torch.no_grad():
         for name, value in checkpoint.trained(vae).items():
@@ -165,7 +172,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("config", help="a YAML file of configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(argv)
-    print(train(config.load(args.config, args.overrides)))
+    stop = Stop()
+    folder = train(config.load(args.config, args.overrides), stop)
+    if folder is None:
+        return stop.code
+    print(folder)
     return 0
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 import train
 from data_tools import cache
 from latte import checkpoint, config, parallel, pipeline, plan, video
+from latte.command import SAVED
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"
@@ -645,7 +646,7 @@ def test_a_signal_to_the_whole_process_group_saves_too(plain, tmp_path):
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == train.SAVED, said[-2000:]
+    assert process.returncode == SAVED, said[-2000:]
     assert "saved, the same command goes on" in said
 
 

@@ -1,5 +1,8 @@
 """The trainer of codecs: it resumes bit for bit, what it leaves is a codec, and a shared checkpoint carries it."""
 
+import os
+import signal
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -49,6 +52,22 @@ def test_a_resumed_codec_is_that_of_an_uninterrupted_training_and_a_codec(tmp_pa
     found = checkpoint.read(moved)
     assert found.config.codec.path == str(moved / "vae") and "vae/config.json" in found.files
     torch.testing.assert_close(VideoCodec(found.config.codec).encode(frames), latents, rtol=0, atol=0)
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, monkeypatch):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    config_of(tmp_path, "run", 4)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(train_codec.RunLog, "step", lambda self, stage: os.kill(os.getpid(), signal.SIGTERM))
+            assert train_codec.main([str(tmp_path / "run.yaml")]) == 75
+        assert checkpoint.read(tmp_path / "run").step == 1
+        assert train_codec.main([str(tmp_path / "run.yaml")]) == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    whole = train_codec.train(config_of(tmp_path, "whole", 4)) / "diffusion_pytorch_model.safetensors"
+    assert whole.read_bytes() == (tmp_path / "run" / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
 
 
 def test_a_folding_codec_through_cache_training_and_sampling(tmp_path):
