@@ -176,7 +176,8 @@ def codec_settings(cfg: CodecConfig) -> dict[str, Any]:
     if cfg.kind == "pixels":
         return {"codec.kind": cfg.kind}
     return {"codec.kind": cfg.kind, "codec.posterior": cfg.posterior, "codec.dtype": cfg.dtype, "codec.tile_size": cfg.tile_size,
-            "codec.fold": cfg.fold, "codec.waves": cfg.waves, "codec.path": cfg.path, "codec.subfolder": cfg.subfolder}
+            "codec.fold": cfg.fold, "codec.waves": cfg.waves, "codec.gains": cfg.gains, "codec.path": cfg.path,
+            "codec.subfolder": cfg.subfolder}
 
 
 def text_settings(cfg: TextConfig) -> dict[str, Any]:
@@ -196,7 +197,7 @@ def codec_fingerprint(cfg: CodecConfig) -> str | None:
         if not weights:
             return None
         facts += [cfg.posterior, cfg.dtype, cfg.tile_size, _facts(root / cfg.subfolder), weights]
-        facts += [cfg.fold, cfg.waves] if cfg.fold > 1 else []
+        facts += [cfg.fold, cfg.waves, *map(float, cfg.gains)] if cfg.fold > 1 else []
     return digest(facts)
 
 

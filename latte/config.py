@@ -85,6 +85,7 @@ class CodecConfig:
     tile_size: int = 0  # pixels; 0 = whole frames
     fold: int = 1  # frames whose latents become one, by a cosine transform along time; for VAEs that code frames by themselves
     waves: int = 1  # terms of it that are kept, the slowest first: 1 = the mean, 2 = even motion as well
+    gains: list[float] = field(default_factory=list)  # what each is multiplied by, as the quicker are small; [] = 1 each
     posterior: Literal["mean", "sample"] = "mean"  # what training takes from the VAE's posterior
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
@@ -95,6 +96,9 @@ class CodecConfig:
         _require(self.fold >= 1, "codec.fold", f"must be at least 1, got {self.fold}")
         _require(self.fold == 1 or self.kind == "autoencoder", "codec.fold", "needs codec.kind = autoencoder")
         _require(1 <= self.waves <= self.fold, "codec.waves", f"must be between 1 and codec.fold ({self.fold}), got {self.waves}")
+        _require(not self.gains or self.fold > 1, "codec.gains", "needs codec.fold above 1")
+        _require(len(self.gains) in (0, self.waves) and all(gain > 0 for gain in self.gains), "codec.gains",
+                 f"must be [] or {self.waves} numbers above 0, one for each of codec.waves, got {self.gains}")
 
 
 @dataclass(kw_only=True)

@@ -232,10 +232,22 @@ def test_a_fold_with_all_its_waves_loses_nothing(tmp_path):
     torch.testing.assert_close(codec.decode(codec.encode(x), 6), plain.decode(plain.encode(x)), atol=1e-4, rtol=0)
 
 
+def test_gains_scale_the_waves_of_a_fold_and_are_undone(tmp_path):
+    codec_of(image_vae(), tmp_path)
+    plain, codec = (VideoCodec(CodecConfig(kind="autoencoder", path=str(tmp_path), fold=4, waves=2, gains=gains))
+                    for gains in ([], [0.5, 4.0]))
+    x, factors = clip(f=6), torch.tensor([0.5, 4.0]).repeat_interleave(4)[:, None, None]
+    for some, wanted in zip(codec.posterior(x), plain.posterior(x), strict=True):
+        torch.testing.assert_close(some, wanted * factors, rtol=0, atol=0)
+    torch.testing.assert_close(codec.decode(codec.encode(x), 6), plain.decode(plain.encode(x), 6), atol=1e-5, rtol=0)
+
+
 def test_a_fold_is_for_vaes_that_code_frames_by_themselves(tmp_path):
     with pytest.raises(ValueError, match="codec.fold: must be 1"):
         codec_of(video_vae("wan"), tmp_path, fold=4)
-    for wrong, told in (({"fold": 0}, "codec.fold"), ({"fold": 2, "waves": 3}, "codec.waves"), ({"waves": 0}, "codec.waves")):
+    for wrong, told in (({"fold": 0}, "codec.fold"), ({"fold": 2, "waves": 3}, "codec.waves"), ({"waves": 0}, "codec.waves"),
+                        ({"gains": [2.0]}, "codec.gains"), ({"fold": 2, "waves": 2, "gains": [1.0]}, "codec.gains"),
+                        ({"fold": 2, "waves": 2, "gains": [1.0, 0.0]}, "codec.gains")):
         with pytest.raises(ValueError, match=told):
             CodecConfig(kind="autoencoder", path=str(tmp_path), **wrong)
     with pytest.raises(ValueError, match="codec.fold"):

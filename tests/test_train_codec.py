@@ -72,8 +72,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, monkeypatch):
 
 def test_a_folding_codec_through_cache_training_and_sampling(tmp_path):
     folder = train_codec.train(config_of(tmp_path, "codec", 1))
-    overrides = ["codec.kind=autoencoder", f"codec.path={folder}", "codec.fold=4", "codec.waves=2", "model.in_channels=8",
-                 "model.out_channels=8", "stages.0.frames=10", "data.clips=4", "data.variants=1", "preview.count=0"]
+    overrides = ["codec.kind=autoencoder", f"codec.path={folder}", "codec.fold=4", "codec.waves=2", "codec.gains=[1,4]",
+                 "model.in_channels=8", "model.out_channels=8", "stages.0.frames=10",
+                 "data.clips=4", "data.variants=1", "preview.count=0"]
     cfg = config_of(tmp_path, "run", 2, *overrides)
     assert "3x8x4x8" in plan.describe(cfg)
     cache.build(cfg, tmp_path / "cache")
@@ -85,9 +86,10 @@ def test_a_folding_codec_through_cache_training_and_sampling(tmp_path):
     train.train(cached)
     pipe = pipeline.load(str(checkpoint.newest_good(cached.run)[0].path))
     assert pipe(["a red ring"], [0], 10, 16, 32).shape == (1, 10, 16, 32, 3)
-    for key, changes in (("codec.waves", ["codec.waves=1"]), ("codec.fold", ["codec.waves=1", "codec.fold=1"])):
+    fewer = ["model.in_channels=4", "model.out_channels=4", "codec.gains=[]", "codec.waves=1"]
+    for key, changes in (("codec.waves", fewer), ("codec.fold", [*fewer, "codec.fold=1"]), ("codec.gains", ["codec.gains=[1,2]"])):
         with pytest.raises(ValueError, match=key):
-            train.train(config_of(tmp_path, "other", 2, *overrides, *changes, "model.in_channels=4", "model.out_channels=4"))
+            train.train(config_of(tmp_path, "other", 2, *overrides, *changes))
 
 
 def test_the_foreground_weighs_more(tmp_path):
