@@ -15,7 +15,7 @@ demo: $(STAMP)  ## make demo PROMPT="..." draws another
 
 # Single-threaded kernels and two workers: quicker than the reverse for many small tests, and sums keep one order.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
