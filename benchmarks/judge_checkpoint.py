@@ -4,8 +4,8 @@
 
 Prompts are captions of scenes from the test split, whose combinations of attributes training never saw; `seen wording` uses the
 training grammar, `unseen wording` structures and synonyms kept out of training. One seed a prompt. `codec alone` are the true
-clips of the same scenes after the checkpoint's codec: about the best that a model can do with it. Writes one JSON with the share of right clips for
-each attribute, the joint pass, permanence at the last frame, velocity error and every single row.
+clips of the same scenes after the checkpoint's codec: about the best that a model can do with it. Writes one JSON with the share
+of right clips for each attribute, the joint pass, permanence at the last frame, velocity error and every single row.
 """
 
 import argparse
